@@ -1,0 +1,1 @@
+"""The `yuan` command: recipes, checks, launching, and the Megatron engine under them."""

@@ -1,0 +1,360 @@
+"""The one schema of a recipe: groups of keys, each with its type, default and meaning.
+
+A key bears the name, the values and the meaning of Megatron-LM's argument of that name; where a key is ours, its
+text says so. `None` means "not given": it is then derived (the text says from what) or the feature is off.
+The string under a field is its documentation: `yuan recipes keys` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, List, Literal, Optional  # noqa: UP035  OmegaConf reads these at run time on Python 3.10
+
+
+@dataclass
+class Model:
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """Which architecture, and so which names its tensors have in other formats."""
+    num_layers: Optional[int] = None
+    """Transformer layers."""
+    hidden_size: Optional[int] = None
+    """Width of the residual stream."""
+    ffn_hidden_size: Optional[int] = None
+    """Width of the feed-forward layer. Derived: 4 x hidden_size, with swiglu int(8 x hidden_size / 3 / 64) x 64."""
+    num_attention_heads: Optional[int] = None
+    """Query heads."""
+    num_query_groups: Optional[int] = None
+    """Key/value heads (grouped-query attention). Derived: num_attention_heads."""
+    kv_channels: Optional[int] = None
+    """Width of one head. Derived: hidden_size / num_attention_heads."""
+    max_position_embeddings: Optional[int] = None
+    """Longest sequence the model can see. Derived: training.seq_length."""
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How positions enter the model."""
+    rotary_base: int = 10000
+    """RoPE theta."""
+    rotary_percent: float = 1.0
+    """Share of a head's width that RoPE turns."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Kind of norm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in a norm."""
+    swiglu: bool = False
+    """Gated SiLU in the feed-forward layer instead of GELU."""
+    add_bias_linear: bool = True
+    """Biases in the linear layers (Megatron-LM: --disable-bias-linear turns them off)."""
+    add_qkv_bias: bool = False
+    """Biases in the query/key/value projection alone, when add_bias_linear is off."""
+    untie_embeddings_and_output_weights: bool = False
+    """An output layer of its own instead of the transposed embedding."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; output projections use std / sqrt(2 x num_layers)."""
+    attention_dropout: float = 0.1
+    """Dropout on attention probabilities."""
+    hidden_dropout: float = 0.1
+    """Dropout on the residual branches and the embedding."""
+    attention_softmax_in_fp32: bool = False
+    """Attention's softmax in fp32 under fp16 or bf16."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this x tensor_model_parallel_size."""
+
+
+@dataclass
+class Parallel:
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of consecutive layers."""
+    pipeline_model_parallel_layout: Optional[str] = None
+    """Explicit stages in Megatron's notation, such as 'Et*3|t*3L': E embedding, t layer, L loss, | between stages."""
+    num_layers_per_virtual_pipeline_stage: Optional[int] = None
+    """Layers per virtual stage: the interleaved pipeline schedule."""
+    decoder_first_pipeline_num_layers: Optional[int] = None
+    """Layers on the first stage, when stages are uneven."""
+    decoder_last_pipeline_num_layers: Optional[int] = None
+    """Layers on the last stage, when stages are uneven."""
+    sequence_parallel: bool = False
+    """Split norms and dropout over the sequence among the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Share the optimizer's state among the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the forward pass runs (needs the distributed optimizer)."""
+    recompute_granularity: Optional[Literal["full", "selective"]] = None
+    """Recompute activations in the backward pass: whole layers, or the attention alone."""
+    recompute_method: Optional[Literal["uniform", "block"]] = None
+    """Which layers, with full: chunks of recompute_num_layers, or the first recompute_num_layers of a stage."""
+    recompute_num_layers: Optional[int] = None
+    """Layers per chunk (uniform) or recomputed layers per stage (block)."""
+    distributed_timeout_minutes: int = 10
+    """How long a collective may wait before the run is declared dead."""
+
+
+@dataclass
+class Training:
+    seq_length: Optional[int] = None
+    """Tokens per sample."""
+    micro_batch_size: Optional[int] = None
+    """Samples per forward pass on one data-parallel rank."""
+    global_batch_size: Optional[int] = None
+    """Samples per step over the whole run. Derived: micro_batch_size x data-parallel size."""
+    rampup_batch_size: Optional[List[int]] = None
+    """[start, increment, samples]: grow the global batch from start by increment until samples were seen."""
+    train_iters: Optional[int] = None
+    """Steps to train. Give one of train_iters, train_samples, train_tokens."""
+    train_samples: Optional[int] = None
+    """Samples to train."""
+    train_tokens: Optional[int] = None
+    """Ours: tokens to train; rounded down to whole samples of seq_length."""
+    seed: int = 1234
+    """Seed of the initial weights, the data order and dropout."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Ours: Megatron-LM's --bf16, --fp16 or neither."""
+    loss_scale: Optional[float] = None
+    """fp16: a fixed loss scale. Not given: a dynamic one."""
+    initial_loss_scale: float = 4294967296.0
+    """fp16: the dynamic loss scale's first value."""
+    min_loss_scale: float = 1.0
+    """fp16: the dynamic loss scale's floor."""
+    loss_scale_window: int = 1000
+    """fp16: steps without overflow before the scale grows."""
+    hysteresis: int = 2
+    """fp16: overflows before the scale shrinks."""
+    eval_interval: int = 1000
+    """Steps between evaluations on the validation set."""
+    eval_iters: int = 100
+    """Batches per evaluation; 0 turns it off."""
+    exit_duration_in_mins: Optional[int] = None
+    """Save and stop after this many minutes."""
+    exit_interval: Optional[int] = None
+    """Save and stop at a step divisible by this."""
+
+
+@dataclass
+class Optimizer:
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW: decoupled weight decay."""
+    lr: Optional[float] = None
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Floor of the learning rate after decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay."""
+    lr_decay_iters: Optional[int] = None
+    """Steps over which the learning rate decays. Derived: the length of the training."""
+    lr_decay_samples: Optional[int] = None
+    """The same in samples."""
+    lr_decay_tokens: Optional[int] = None
+    """Ours: the same in tokens."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_warmup_samples: int = 0
+    """The same in samples."""
+    lr_warmup_tokens: int = 0
+    """Ours: the same in tokens."""
+    lr_warmup_fraction: Optional[float] = None
+    """Warm-up as a share of the decay length."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """WSD: shape of the last phase."""
+    lr_wsd_decay_iters: Optional[int] = None
+    """WSD: steps of the last phase."""
+    lr_wsd_decay_samples: Optional[int] = None
+    """The same in samples."""
+    lr_wsd_decay_tokens: Optional[int] = None
+    """Ours: the same in tokens."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms are left out of it."""
+    start_weight_decay: Optional[float] = None
+    """First weight decay, when it grows."""
+    end_weight_decay: Optional[float] = None
+    """Last weight decay, when it grows."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight decay grows."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to Adam's denominator."""
+    sgd_momentum: float = 0.9
+    """Momentum, with sgd."""
+
+
+@dataclass
+class Data:
+    data_path: Any = None
+    """Prefix of a .bin/.idx pair, or a blend: [0.7, a_text_document, 0.3, b_text_document]."""
+    split: Optional[str] = None
+    """Shares of train, validation and test, such as '969,30,1' (the default with data_path)."""
+    train_data_path: Any = None
+    """Training data, prefix or blend, where the three sets are files of their own."""
+    valid_data_path: Any = None
+    """Validation data of the same kind."""
+    test_data_path: Any = None
+    """Test data of the same kind."""
+    reset_position_ids: bool = False
+    """Positions start again after every end of document."""
+    reset_attention_mask: bool = False
+    """Attention stays within a document."""
+    eod_mask_loss: bool = False
+    """No loss on end-of-document tokens."""
+    num_workers: int = 2
+    """Data loader processes per rank."""
+    data_cache_path: Optional[str] = None
+    """Folder of the sample indices. Derived: a folder `cache` beside the data."""
+
+
+@dataclass
+class Tokenizer:
+    type: Literal["GPT2BPETokenizer", "SentencePieceTokenizer", "NullTokenizer"] = "GPT2BPETokenizer"
+    """Megatron-LM's --tokenizer-type."""
+    tokenizer_model: Optional[str] = None
+    """SentencePiece's .model file."""
+    vocab_file: Optional[str] = None
+    """GPT-2's vocab.json."""
+    merge_file: Optional[str] = None
+    """GPT-2's merges.txt."""
+    vocab_size: Optional[int] = None
+    """Ids in the data, with NullTokenizer (the end of document is one more); else derived from the files."""
+    plain_special_tokens: bool = False
+    """Ours: read a literal '<|endoftext|>' in the text as ordinary characters, as Megatron-LM's older versions did."""
+
+
+@dataclass
+class Preprocess:
+    input: Optional[str] = None
+    """JSONL file to tokenize."""
+    output_prefix: Optional[str] = None
+    """The output is <output_prefix>_<key>_document.bin and .idx."""
+    json_keys: List[str] = field(default_factory=lambda: ["text"])
+    """Keys of each line's object to tokenize, one output each."""
+    append_eod: bool = False
+    """End every document with the end-of-document token."""
+    workers: Optional[int] = None
+    """Processes. Derived: the machine's cores."""
+
+
+@dataclass
+class Checkpoint:
+    save_interval: Optional[int] = None
+    """Steps between checkpoints; the last step is always saved."""
+    format: Literal["torch_dist", "torch"] = "torch_dist"
+    """torch_dist: resumes at any TP/PP/DP. torch: Megatron-LM's mp_rank_XX/model_optim_rng.pt, for the same layout."""
+    load: Optional[str] = None
+    """Start from this checkpoint or run folder instead of from random weights."""
+    finetune: bool = False
+    """With load: take the weights alone and start at step 0."""
+    no_load_optim: bool = False
+    """With load: leave the optimizer's state."""
+    no_load_rng: bool = False
+    """With load: leave the random number generators' state."""
+    keep_last: Optional[int] = None
+    """Ours: how many checkpoints to keep; the newest whole one is never removed. Not given: all."""
+
+
+@dataclass
+class Logging:
+    log_interval: int = 100
+    """Steps between lines of metrics; losses are averaged over them."""
+    tensorboard: bool = True
+    """Ours: write TensorBoard scalars into the run folder."""
+
+
+@dataclass
+class Launch:
+    kind: Literal["torchrun"] = "torchrun"
+    """How the processes are started."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Ours: auto is cuda where an NVIDIA GPU is present."""
+    nproc_per_node: int = 1
+    """Processes per machine, one per GPU; they are shared out over TP, PP and DP."""
+    nnodes: int = 1
+    """Machines."""
+    node_rank: int = 0
+    """This machine's number, with nnodes > 1."""
+    rdzv_endpoint: Optional[str] = None
+    """host:port of the first machine, with nnodes > 1."""
+    max_restarts: int = 0
+    """How often a dead run is started again from its last whole checkpoint."""
+    cpu_threads: Optional[int] = None
+    """Ours: threads per process. Derived on a CPU: cores / nproc_per_node."""
+
+
+@dataclass
+class Run:
+    name: Optional[str] = None
+    """Name of the run. Derived: the recipe's name."""
+    dir: Optional[str] = None
+    """The run's folder. Derived: runs/<name>."""
+
+
+@dataclass
+class Generate:
+    load: Optional[str] = None
+    """Checkpoint or run folder. Derived: the newest checkpoint under runs/."""
+    input: Optional[str] = None
+    """JSONL with `query` (or `prompt`, `text`, or `instruction` and `input`) on each line."""
+    output: str = "output.txt"
+    """One answer per input line; a name ending in .jsonl gets whole records."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    batch_size: int = 8
+    """Prompts answered side by side."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off, 1 is greedy."""
+    top_p: float = 0.0
+    """Sample among the likeliest tokens whose probabilities add up to p; 0 is off."""
+    greedy: bool = False
+    """Always the likeliest token."""
+    repetition_penalty: float = 1.0
+    """Divides the positive and multiplies the negative logits of tokens already seen; 1 is off."""
+    seed: int = 1234
+    """Seed of the sampling."""
+
+
+@dataclass
+class Derived:
+    """What follows from the rest. Filled by `resolve`, shown by `yuan recipes show`, never given by a user."""
+
+    device: Optional[str] = None
+    """cpu or cuda."""
+    world_size: Optional[int] = None
+    """launch.nnodes x launch.nproc_per_node."""
+    data_parallel_size: Optional[int] = None
+    """world_size / (TP x PP)."""
+    num_microbatches: Optional[int] = None
+    """global_batch_size / (micro_batch_size x data_parallel_size)."""
+    vocab_size: Optional[int] = None
+    """Ids of the tokenizer. None where its files are missing."""
+    padded_vocab_size: Optional[int] = None
+    """vocab_size padded to make_vocab_size_divisible_by x TP."""
+    train_samples: Optional[int] = None
+    """Samples the whole training consumes."""
+    train_iters: Optional[int] = None
+    """Steps of the whole training (None with rampup_batch_size)."""
+
+
+@dataclass
+class Recipe:
+    """A whole recipe. One of these, resolved and frozen as YAML, is all that a worker process reads."""
+
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    data: Data = field(default_factory=Data)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+    launch: Launch = field(default_factory=Launch)
+    run: Run = field(default_factory=Run)
+    generate: Generate = field(default_factory=Generate)
+    derived: Derived = field(default_factory=Derived)
