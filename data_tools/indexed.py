@@ -1,0 +1,206 @@
+"""Megatron's indexed dataset: a .bin of raw tokens and an .idx that says where each sequence and document lies.
+
+The .idx, little endian: magic "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 S sequences, uint64 D,
+int32[S] tokens per sequence, int64[S] byte offset of each sequence in the .bin, int64[D] first sequence of each
+document with S at the end (so D is the number of documents + 1). An empty document repeats its boundary.
+Source: megatron/core/datasets/indexed_dataset.py; the tests hold both byte for byte together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.errors import IndexedError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_CHUNK = 1 << 20  # index entries turned at a time while finishing: 12 MiB
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The data file of a prefix."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The index file of a prefix."""
+    return Path(f"{prefix}.idx")
+
+
+def description_path(prefix: str | Path) -> Path:
+    """Ours: the file that says what made the data."""
+    return Path(f"{prefix}.json")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's choice: uint16 below 65500 ids, else int32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class IndexedWriter:
+    """Writes one .bin/.idx pair, document by document, in bounded memory.
+
+    Everything goes into `.part` files beside the output. `finish` makes the pair appear, the .idx last; without it,
+    leaving the `with` block removes the `.part` files and what was there before stays as it was.
+
+    Args:
+        prefix: path of the pair without suffix; its folder exists.
+        dtype: of the tokens (`token_dtype`).
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | str):
+        self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
+        self.documents = self.sequences = self.tokens = 0
+        self._code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.dtype)
+        self._bin_part, self._idx_part = (path.with_name(path.name + ".part") for path in (bin_path(prefix), idx_path(prefix)))
+        self._bin = open(self._bin_part, "wb")
+        # The index grows with the number of sequences, so it waits on disk, in files without a name, not in memory.
+        self._lengths, self._boundaries = (tempfile.TemporaryFile(dir=self.prefix.parent) for _ in range(2))
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
+        """One document: its tokens, and the lengths of its sequences (one sequence if not given; [] for none)."""
+        tokens = np.asarray(tokens, dtype=self.dtype)
+        lengths = [tokens.size] if lengths is None else lengths
+        self.add_batch(tokens, lengths, [len(lengths)])
+
+    def add_batch(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, sequences: Sequence[int] | np.ndarray) -> None:
+        """Several documents at once.
+
+        Args:
+            tokens: all their tokens, one after another.
+            lengths: tokens of each sequence; they add up to `tokens`.
+            sequences: number of sequences of each document; they add up to `lengths`.
+
+        Raises:
+            ValueError: the sums do not agree.
+        """
+        lengths, sequences = np.asarray(lengths, dtype="<i4"), np.asarray(sequences, dtype="<i8")
+        if lengths.sum(dtype="i8") != len(tokens) or sequences.sum() != len(lengths):
+            raise ValueError(f"{len(tokens)} tokens, sequences of {lengths.sum()}; {len(lengths)} sequences, documents of {sequences.sum()}")
+        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._lengths.write(lengths.tobytes())
+        self._boundaries.write((self.sequences + np.cumsum(sequences)).astype("<i8").tobytes())
+        self.tokens += len(tokens)
+        self.sequences += len(lengths)
+        self.documents += len(sequences)
+
+    def finish(self, description: dict[str, object] | None = None) -> None:
+        """Write the index and give the files their names, the .idx last: it never lies beside an older or newer .bin.
+
+        Args:
+            description: what made the data, for `IndexedReader.description`; kept in `<prefix>.json`.
+        """
+        self._write_index()
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        self._bin.close()
+        idx_path(self.prefix).unlink(missing_ok=True)
+        description_path(self.prefix).unlink(missing_ok=True)
+        os.replace(self._bin_part, bin_path(self.prefix))
+        if description:
+            description_path(self.prefix).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        os.replace(self._idx_part, idx_path(self.prefix))
+
+    def _write_index(self) -> None:
+        with open(self._idx_part, "wb") as out:
+            out.write(_HEADER.pack(_MAGIC, 1, self._code, self.sequences, self.documents + 1))
+            self._lengths.seek(0)
+            shutil.copyfileobj(self._lengths, out)
+            self._lengths.seek(0)
+            offset = 0
+            while chunk := self._lengths.read(4 * _CHUNK):
+                sizes = np.frombuffer(chunk, dtype="<i4").astype("<i8") * self.dtype.itemsize
+                out.write((offset + np.cumsum(sizes) - sizes).astype("<i8").tobytes())
+                offset += int(sizes.sum())
+            out.write(struct.pack("<q", 0))
+            self._boundaries.seek(0)
+            shutil.copyfileobj(self._boundaries, out)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def close(self) -> None:
+        """Remove what is not finished. Harmless after `finish`."""
+        for file in (self._bin, self._lengths, self._boundaries):
+            file.close()
+        for part in (self._bin_part, self._idx_part):
+            part.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class IndexedReader:
+    """A .bin/.idx pair, memory-mapped; its sizes are checked on opening.
+
+    Attributes:
+        dtype: numpy type of the tokens.
+        documents, sequences, tokens: counts.
+        lengths: int32[sequences], tokens of each.
+        boundaries: int64[documents + 1], first sequence of each document, and the end.
+        description: what made the data, or None where that is not known: `documents`, `tokens`, `largest_id`,
+            `append_eod` and `tokenizer` with its `type`, `sha256` (`Tokenizer.hash`), `vocab_size` and `eod`.
+
+    Raises:
+        IndexedError: a file is missing, not of this format, or its size does not fit its header.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        for path in (idx_path(prefix), bin_path(prefix)):
+            if not path.is_file():
+                raise IndexedError(f"no such file: {path}", str(prefix), "give the path without .bin or .idx; `yuan preprocess` makes both")
+        index = np.memmap(idx_path(prefix), mode="r", dtype="u1") if idx_path(prefix).stat().st_size >= _HEADER.size else b""
+        magic, version, code, count, boundaries = _HEADER.unpack(bytes(index[: _HEADER.size]) or bytes(_HEADER.size))
+        if (magic, version) != (_MAGIC, 1) or code not in _DTYPES:
+            raise self._torn("not the index of a Megatron dataset")
+        self.dtype, self.sequences, self.documents = np.dtype(_DTYPES[code]), count, boundaries - 1
+        end = _HEADER.size + 12 * count + 8 * boundaries
+        if len(index) not in (end, end + count):  # one more byte per sequence: a multimodal dataset's modes
+            raise self._torn(f"{len(index)} bytes where its header asks for {end}")
+        lengths_end, offsets_end = _HEADER.size + 4 * count, _HEADER.size + 12 * count
+        self.lengths = index[_HEADER.size : lengths_end].view("<i4")
+        self._offsets = index[lengths_end:offsets_end].view("<i8")
+        self.boundaries = index[offsets_end:end].view("<i8")
+        self.tokens = int(self.lengths.sum(dtype="i8"))
+        if self.documents < 0 or self.boundaries[-1] != count:
+            raise self._torn("its last document does not end with its last sequence")
+        self._map_tokens()
+        self.description = self._read_description()
+
+    def _map_tokens(self) -> None:
+        path, wanted = bin_path(self.prefix), self.tokens * self.dtype.itemsize
+        if path.stat().st_size != wanted:
+            fix = "make the pair again with `yuan preprocess`"
+            raise IndexedError(f"{path.stat().st_size} bytes where the .idx speaks of {wanted}", str(path), fix)
+        self._data = np.memmap(path, mode="r", dtype=self.dtype) if self.tokens else np.empty(0, self.dtype)
+
+    def _read_description(self) -> dict[str, Any] | None:
+        try:
+            description = json.loads(description_path(self.prefix).read_text(encoding="utf-8"))
+            counts = description["documents"], description["tokens"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return description if counts == (self.documents, self.tokens) else None  # another tool rewrote the pair
+
+    def _torn(self, what: str) -> IndexedError:
+        return IndexedError(what, str(idx_path(self.prefix)), "make the pair again with `yuan preprocess`")
+
+    def get(self, sequence: int) -> np.ndarray:
+        """Tokens of one sequence, a view into the file; IndexError outside 0 to sequences - 1."""
+        if not 0 <= sequence < self.sequences:
+            raise IndexError(f"sequence {sequence} of {self.sequences}")
+        start = int(self._offsets[sequence]) // self.dtype.itemsize
+        return self._data[start : start + int(self.lengths[sequence])]

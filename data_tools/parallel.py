@@ -1,0 +1,61 @@
+"""An ordered map over processes that ends cleanly: a dead worker is an error, and nobody outlives the parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from data_tools.errors import DataError
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+_WINDOW = 4  # items per worker under way or waiting for their turn: bounds the memory
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`map(function, items)` on `workers` spawned processes, results in the order of the items.
+
+    `function` is pickled once per worker. Its exceptions are raised at the item's turn, so the first bad item is the
+    one reported. Close the iterator to stop early. A worker that dies raises DataError (multiprocessing.Pool would
+    wait for it for ever).
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function,))
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(_call, item))
+            if len(pending) >= _WINDOW * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        fix = "fewer workers take less memory (--workers); the system's log says if it was killed"
+        raise DataError("a worker process died, most likely for want of memory", f"one of {workers} workers", fix) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_function: Callable[[Any], Any]
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    return _function(item)

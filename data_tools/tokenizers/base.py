@@ -1,0 +1,61 @@
+"""What every tokenizer offers."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Megatron-core's datasets read `eod`, `vocab_size` and `unique_identifiers` of it. It deliberately has no `pad`:
+    GPTDataset then takes -1, a value that is never in the data, so no token loses its loss by accident.
+
+    Attributes:
+        type: Megatron-LM's --tokenizer-type.
+        eod: id that ends a document.
+        vocab_size: number of ids, unpadded; every id is below it.
+        special_ids: ids that stand for no text.
+        files: what a folder must hold to rebuild this tokenizer, by the name of the argument of `build_tokenizer`.
+        options: the other arguments that it was built with.
+    """
+
+    type: str
+    eod: int
+    vocab_size: int
+    special_ids: set[int]
+    files: dict[str, Path]
+    options: dict[str, object]
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; no end of document is added."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in order; on one thread."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+
+    def hash(self) -> str:
+        """sha256 over the type, the options and the content of the files: equal hash, equal ids."""
+        digest = hashlib.sha256(f"{self.type}\n{sorted(self.options.items())}\n".encode())
+        for name, path in sorted(self.files.items()):
+            digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as what it is built from: 100 bytes, and the files are read again where it arrives."""
+        return partial(type(self), **self.files, **self.options), ()
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, object]:
+        """What megatron-core hashes into the name of a dataset's cache: content, so that moved files keep their cache."""
+        return OrderedDict(type=self.type, sha256=self.hash())
