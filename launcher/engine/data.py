@@ -1,0 +1,138 @@
+"""Training data: megatron-core's GPTDataset and blending, dealt to the ranks in Megatron-LM's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import get_blend_from_list
+from torch.utils.data import DataLoader, Dataset
+
+from data_tools.tokenizers import build_tokenizer
+from launcher.recipe.schema import Recipe
+
+
+class SequentialBatches:
+    """Deals sample indices: microbatches of one data-parallel rank, in order, from `consumed` upward.
+
+    Of every micro_batch_size x data-parallel size consecutive indices, rank r takes the r-th slice, so the order of the
+    samples does not depend on how many ranks there are. An incomplete last group is dropped.
+    """
+
+    def __init__(self, total: int, consumed: int, micro_batch_size: int, rank: int, size: int):
+        self.total, self.consumed = total, consumed
+        self.micro_batch_size, self.rank, self.size = micro_batch_size, rank, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        group, first = self.micro_batch_size * self.size, self.rank * self.micro_batch_size
+        for start in range(self.consumed, self.total - group + 1, group):
+            yield list(range(start + first, start + first + self.micro_batch_size))
+
+
+def sample_counts(recipe: Recipe) -> list[int]:
+    """Samples of the train, validation and test sets that the whole run consumes, as Megatron-LM counts them."""
+    training, derived = recipe.training, recipe.derived
+    evaluation = training.eval_iters * training.global_batch_size
+    iterations = derived.train_iters or derived.train_samples // training.global_batch_size
+    return [derived.train_samples, (iterations // training.eval_interval + 1) * evaluation, evaluation]
+
+
+def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """The three sets; None where this rank reads no data or a set has no share. Rank 0 builds the sample indices first."""
+    data = recipe.data
+    sources = [data.train_data_path, data.valid_data_path, data.test_data_path]
+    blend = None if data.data_path is None else get_blend_from_list(_words(data.data_path))
+    per_split = None if blend else [get_blend_from_list(_words(source)) for source in sources]
+    config = GPTDatasetConfig(
+        random_seed=recipe.training.seed,
+        sequence_length=recipe.training.seq_length,
+        blend=blend,
+        blend_per_split=per_split,
+        split=data.split if blend else None,
+        path_to_cache=data.data_cache_path,
+        tokenizer=tokenizer_of(recipe),
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=data.reset_attention_mask,  # causal attention needs no mask of its own
+    )
+    reads = lambda: reads_data(recipe)  # noqa: E731  the builder wants a function and calls it on every rank
+    return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts(recipe), reads, config).build()
+
+
+def tokenizer_of(recipe: Recipe):
+    """The recipe's tokenizer."""
+    t = recipe.tokenizer
+    return build_tokenizer(
+        t.type,
+        vocab_file=t.vocab_file,
+        merge_file=t.merge_file,
+        tokenizer_model=t.tokenizer_model,
+        vocab_size=t.vocab_size,
+        plain_special_tokens=t.plain_special_tokens,
+    )
+
+
+def reads_data(recipe: Recipe) -> bool:
+    """Whether this rank reads samples: tensor rank 0 of the first and last stage (of every stage with a document mask)."""
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return False
+    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return ends or recipe.data.reset_attention_mask
+
+
+def loader(recipe: Recipe, dataset: Dataset | None, consumed: int) -> Iterator[dict] | None:
+    """Microbatches of this rank from sample `consumed` on; None where it reads none."""
+    if dataset is None:
+        return None
+    batches = SequentialBatches(
+        len(dataset),
+        consumed,
+        recipe.training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    workers = recipe.data.num_workers
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=recipe.derived.device == "cuda",
+            # A generator of its own: otherwise opening the loader would move the one that draws dropout.
+            generator=torch.Generator(),
+        )
+    )
+
+
+def next_batch(recipe: Recipe, batches: Iterator[dict] | None) -> dict[str, torch.Tensor | None]:
+    """The next microbatch on every rank that needs it.
+
+    Returns tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32 and attention_mask [b, 1, s, s] bool or
+    None; all None on the stages between first and last. Tensor rank 0 reads and broadcasts.
+    """
+    names = ["tokens", "labels", "position_ids", "loss_mask", "attention_mask"]
+    masked = recipe.data.reset_attention_mask
+    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    if not ends and not masked:
+        return dict.fromkeys(names)
+    sample = next(batches) if batches is not None else None
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        batch = {name: tensor.cuda(non_blocking=True) for name, tensor in sample.items()}
+    else:
+        batch = tensor_parallel.broadcast_data(["tokens", "labels", "position_ids"], sample, torch.int64)
+        batch |= tensor_parallel.broadcast_data(["loss_mask"], sample, torch.float32)
+        if masked:
+            batch |= tensor_parallel.broadcast_data(["attention_mask"], sample, torch.bool)
+    return {name: batch.get(name) for name in names}
+
+
+def _words(path) -> list[str] | None:
+    """A prefix or a blend as Megatron-LM's list of words: ['0.7', 'a', '0.3', 'b'] or ['a']."""
+    if path is None:
+        return None
+    return [str(word) for word in path] if isinstance(path, (list, tuple)) else [str(path)]

@@ -1,0 +1,89 @@
+"""The layer spec for machines without Transformer Engine: megatron-core's modules, with torch's fused attention and norms."""
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Norm:
+    """torch's LayerNorm or RMSNorm, its parameters marked for sequence parallelism.
+
+    Under sequence parallelism each tensor-parallel rank normalises its slice of the sequence, so the gradients of the
+    norm's parameters must be summed over these ranks; megatron-core does so for parameters marked `sequence_parallel`.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype if config.use_cpu_initialization else None)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class FusedAttention(DotProductAttention):
+    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+    Takes query [sq, b, heads, d], key and value [sk, b, groups, d], returns [sq, b, heads x d], heads and groups being
+    those of this tensor-parallel rank. `attention_mask`, where given, is boolean [b, 1, sq, sk] with True for what is
+    hidden. On a CPU with dropout it is megatron-core's own attention: torch has no fused kernel for that case, and the
+    parent draws its masks as Megatron-LM does.
+    """
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+        dropout = self.attention_dropout.p if self.training else 0.0
+        if dropout > 0 and query.device.type == "cpu":
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        arguments = {
+            "attn_mask": None if attention_mask is None else ~attention_mask,
+            "is_causal": attention_mask is None,
+            "dropout_p": dropout,
+            "scale": self.softmax_scale,
+            "enable_gqa": query.shape[1] != key.shape[1],
+        }
+        if dropout > 0 and not self.config.sequence_parallel:
+            with get_cuda_rng_tracker().fork():
+                context = scaled_dot_product_attention(query, key, value, **arguments)
+        else:
+            context = scaled_dot_product_attention(query, key, value, **arguments)
+        return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
+
+
+def layer_spec() -> ModuleSpec:
+    """One transformer layer. Tensors bear Transformer Engine's names in torch_dist checkpoints, whichever spec trains."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=FusedAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one model chunk, and its final norm."""
+    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)

@@ -1,0 +1,181 @@
+"""From a recipe to megatron-core's GPTModel: configuration, layer spec, chunks of the pipeline, data parallelism."""
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from launcher.engine.initialize import virtual_pipeline_size
+from launcher.recipe.schema import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def transformer_engine() -> bool:
+    """Whether Transformer Engine's layers are used: where it is installed and there is a GPU."""
+    return HAVE_TE and torch.cuda.is_available()
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """megatron-core's configuration; the values that are not in a recipe are those of Megatron-LM's defaults."""
+    model, parallel, dtype = recipe.model, recipe.parallel, DTYPES[recipe.training.precision]
+    on_cpu = recipe.derived.device == "cpu"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        init_method_std=model.init_method_std,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        attention_softmax_in_fp32=model.attention_softmax_in_fp32,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(recipe),
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=on_cpu,
+        deallocate_pipeline_outputs=True,
+        # Interleaving sends and receives in pairs as they come; otherwise NCCL batches them. gloo cannot batch.
+        overlap_p2p_comm=virtual_pipeline_size(recipe) is not None,
+        batch_p2p_comm=not on_cpu and virtual_pipeline_size(recipe) is None,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        apply_rope_fusion=not on_cpu and transformer_engine() and model.position_embedding_type == "rope",
+        persist_layer_norm=False,
+    )
+
+
+def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> GPTModel:
+    """One chunk of the model on this rank; `pre` holds the embedding, `post` the output layer and the loss."""
+    model = recipe.model
+    if transformer_engine():
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        from launcher.engine.layers import block_spec
+
+        spec = block_spec(config, vp_stage)
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=recipe.derived.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=pre,
+        post_process=post,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def build_chunks(recipe: Recipe, config: TransformerConfig) -> list[GPTModel]:
+    """This rank's model chunks, one without interleaving, in the recipe's precision and on this rank's device."""
+    chunks = []
+    for vp_stage in range(config.virtual_pipeline_model_parallel_size or 1):
+        stage = vp_stage if config.virtual_pipeline_model_parallel_size else None
+        pre = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
+        post = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
+        chunk = build_chunk(recipe, config, pre, post, stage)
+        for parameter in chunk.parameters():
+            mark_tensor_parallel(parameter)
+        if recipe.derived.device == "cuda":
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk)
+    return chunks
+
+
+def mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:
+    """Give a parameter the attributes that the gradient norm needs to count a replicated tensor once."""
+    from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+
+    set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+
+
+def wrap_data_parallel(recipe: Recipe, config: TransformerConfig, chunks: list) -> list[DistributedDataParallel]:
+    """megatron-core's data parallelism: contiguous gradient buffers, reduced in fp32 under bf16."""
+    parallel = recipe.parallel
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=recipe.training.precision == "bf16",
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    if parallel.overlap_grad_reduce:  # one bucket otherwise: nothing to overlap
+        ddp.bucket_size = max(40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size())
+    wrapped = [
+        # Buckets help the first chunk alone; the others' gradients are whole when the schedule reduces them.
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if parallel.overlap_grad_reduce else None
+    if parallel.overlap_grad_reduce and len(wrapped) == 1:
+        config.no_sync_func = wrapped[0].no_sync
+    return wrapped
+
+
+def unwrap(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside data-parallel and precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def count_parameters(recipe: Recipe) -> int:
+    """Parameters of the whole model, embedding padding included."""
+    m, v = recipe.model, recipe.derived.padded_vocab_size
+    h, f, q = m.hidden_size, m.ffn_hidden_size, m.num_attention_heads * m.kv_channels
+    kv = m.num_query_groups * m.kv_channels
+    bias, norm = m.add_bias_linear, h * (2 if m.normalization == "LayerNorm" else 1)
+    gates = 2 if m.swiglu else 1
+    attention = h * (q + 2 * kv) + q * h + (h if bias else 0) + (q + 2 * kv if bias or m.add_qkv_bias else 0)
+    mlp = h * f * (gates + 1) + (f * gates + h if bias else 0)
+    embeddings = v * h * (2 if m.untie_embeddings_and_output_weights else 1)
+    positions = m.max_position_embeddings * h if m.position_embedding_type == "learned_absolute" else 0
+    return m.num_layers * (attention + mlp + 2 * norm) + norm + embeddings + positions
+
+
+def flops_per_token(recipe: Recipe) -> float:
+    """Floating-point operations of one training step per token: forward plus twice that for backward.
+
+    Megatron-LM's count: 2 per multiply-add of every matrix product, the logits and the causal half of the attention
+    included (Narayanan et al. 2021, arXiv 2104.04473, with half of its attention term).
+    """
+    m, s = recipe.model, recipe.training.seq_length
+    q, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
+    layer = m.hidden_size * (2 * q + 2 * kv) + m.hidden_size * m.ffn_hidden_size * (3 if m.swiglu else 2)
+    scores = q * s  # QK^T and PV over s / 2 keys on average
+    return 6.0 * (m.num_layers * (layer + scores) + m.hidden_size * recipe.derived.padded_vocab_size)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), capped as Megatron-LM caps it."""
+    return math.exp(min(20.0, loss))

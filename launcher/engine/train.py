@@ -1,0 +1,267 @@
+"""The training loop: Megatron-LM's, around megatron-core's schedules, with the same numbers at every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from megatron.core import num_microbatches_calculator as microbatches
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from launcher.engine import data, model
+from launcher.engine.optimizer import build_optimizer, build_scheduler, init_batch_calculator
+from launcher.engine.step import from_last_stage, run_microbatches
+from launcher.recipe.schema import Recipe
+
+
+@dataclass
+class TrainState:
+    """What training changes: all of it is in a checkpoint."""
+
+    chunks: list
+    optimizer: object
+    scheduler: object
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    skipped_iterations: int = 0
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last line of metrics."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    tokens: int = 0
+    skipped: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient norm is not a finite number."""
+
+
+def build(recipe: Recipe) -> TrainState:
+    """Model, optimizer and schedule of this rank, with fresh weights."""
+    init_batch_calculator(recipe, torch.distributed.get_rank())
+    config = model.transformer_config(recipe)
+    chunks = model.wrap_data_parallel(recipe, config, model.build_chunks(recipe, config))
+    optimizer = build_optimizer(recipe, chunks)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if recipe.parallel.overlap_param_gather:
+        syncs = [chunk.start_param_sync for chunk in chunks]
+        config.param_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return TrainState(chunks, optimizer, build_scheduler(recipe, optimizer))
+
+
+def train_step(recipe: Recipe, state: TrainState, batches: list) -> tuple[torch.Tensor, float | None, bool]:
+    """One optimizer step over one global batch.
+
+    Returns the mean loss over the batch's tokens (on the last pipeline stage), the gradient norm before clipping (None
+    where the step was skipped) and whether the weights were updated (False: a gradient overflowed in fp16).
+    """
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    totals = run_microbatches(recipe, state.chunks, batches, microbatches.get_num_microbatches())
+    updated, grad_norm, _ = state.optimizer.step()
+    batch = microbatches.get_current_global_batch_size()
+    if updated:
+        state.scheduler.step(increment=batch)
+    else:
+        state.skipped_iterations += 1
+    state.iteration += 1
+    state.consumed_train_samples += batch
+    return totals[0] / totals[1].clamp(min=1), grad_norm, updated
+
+
+def evaluate(recipe: Recipe, state: TrainState, batches: list, stop=None) -> float | None:
+    """Mean loss per token over training.eval_iters global batches, without dropout; None when `stop` asks to end."""
+    for chunk in state.chunks:
+        chunk.eval()
+    count = recipe.training.global_batch_size // (recipe.training.micro_batch_size * recipe.derived.data_parallel_size)
+    totals = torch.zeros(2, device="cuda")
+    with torch.no_grad():
+        for _ in range(recipe.training.eval_iters):
+            if stop is not None and agreed(stop.requested is not None):
+                break
+            totals += run_microbatches(recipe, state.chunks, batches, count, forward_only=True)
+        else:
+            stop = None
+    for chunk in state.chunks:
+        chunk.train()
+    if stop is not None:
+        return None
+    total, tokens = from_last_stage(totals).tolist()
+    return total / max(tokens, 1)
+
+
+def agreed(*flags: bool) -> bool | list[bool]:
+    """Whether any rank raised the flag: ranks must stop at the same step."""
+    votes = torch.tensor([float(flag) for flag in flags], device="cuda")
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+    answers = [vote > 0 for vote in votes.tolist()]
+    return answers[0] if len(answers) == 1 else answers
+
+
+class Trainer:
+    """Runs a recipe from the state's step to the end, a signal or a time limit."""
+
+    def __init__(self, recipe: Recipe, state: TrainState, stop, progress, save):
+        """`stop.requested` names a signal once one came; `progress` writes metrics; `save(state)` writes a checkpoint."""
+        self.recipe, self.state, self.stop, self.progress, self.save = recipe, state, stop, progress, save
+        self.started = time.monotonic()
+        self.saved_at = state.iteration
+        self.window = Window()
+        self.flops_per_token = model.flops_per_token(recipe)
+        train, valid, test = data.build_datasets(recipe)
+        self.batches = self._loaders(train, state.consumed_train_samples)
+        self.valid_batches = self._loaders(valid, state.consumed_valid_samples)
+        self.test = test
+
+    def _loaders(self, dataset, consumed: int) -> list:
+        """One iterator per model chunk: under interleaving each chunk walks the same batches by itself."""
+        return [data.loader(self.recipe, dataset, consumed) for _ in self.state.chunks]
+
+    def run(self) -> str | None:
+        """Train; returns why it ended early, or None when it is complete."""
+        recipe, state = self.recipe, self.state
+        for chunk in state.chunks:
+            chunk.train()
+        microbatches.update_num_microbatches(state.consumed_train_samples, consistency_check=False)
+        self.window = Window()
+        while state.consumed_train_samples < recipe.derived.train_samples:
+            microbatches.update_num_microbatches(state.consumed_train_samples, consistency_check=True)
+            self._step()
+            every = recipe.checkpoint.save_interval
+            if every and state.iteration % every == 0:
+                self._save()
+            reason = self._why_stop()
+            if reason:
+                self._save()
+                return reason
+        self._save()
+        self._final_evaluation()
+        return None
+
+    def _step(self) -> None:
+        recipe, state = self.recipe, self.state
+        loss, grad_norm, updated = train_step(recipe, state, self.batches)
+        self._refuse_not_finite(loss, grad_norm)
+        self.window.losses.append(loss)
+        self.window.tokens += microbatches.get_current_global_batch_size() * recipe.training.seq_length
+        self.window.skipped += not updated
+        if state.iteration % recipe.logging.log_interval == 0 or self._complete() or self._first():
+            self._log(grad_norm)
+        training = recipe.training
+        if training.eval_iters and state.iteration % training.eval_interval == 0 and not self._complete():
+            self._evaluate("validation", self.valid_batches)
+        elif training.eval_iters and state.iteration % training.eval_interval == 0:
+            self._evaluate("validation", self.valid_batches)
+
+    def _complete(self) -> bool:
+        return self.state.consumed_train_samples >= self.recipe.derived.train_samples
+
+    def _first(self) -> bool:
+        return self.state.iteration == self.saved_at + 1 and self.state.iteration == 1
+
+    def _refuse_not_finite(self, loss: torch.Tensor, grad_norm: float | None) -> None:
+        if self.recipe.training.precision == "fp16" and self.recipe.training.loss_scale is None:
+            return  # the dynamic loss scale skips such steps
+        broken = not math.isfinite(grad_norm or 0.0) or not bool(torch.isfinite(loss))
+        if agreed(broken):
+            raise NotFinite(
+                f"the loss or the gradient is not finite at iteration {self.state.iteration} (gradient norm {grad_norm}); "
+                f"this step is not saved, the newest checkpoint is of iteration {self.saved_at}"
+            )
+
+    def _log(self, grad_norm: float | None) -> None:
+        recipe, state, window = self.recipe, self.state, self.window
+        loss = from_last_stage(torch.stack(window.losses).mean()).item()
+        seconds = (time.perf_counter() - window.start) / len(window.losses)
+        tokens = window.tokens / len(window.losses)
+        left = recipe.derived.train_samples - state.consumed_train_samples
+        batch = microbatches.get_current_global_batch_size()
+        if self.progress is not None:
+            self.progress.train(
+                {
+                    "iteration": state.iteration,
+                    "train_iters": recipe.derived.train_iters or state.iteration + -(-left // batch),
+                    "consumed_samples": state.consumed_train_samples,
+                    "lm_loss": loss,
+                    "learning_rate": get_canonical_lr_for_logging(state.optimizer.param_groups),
+                    "grad_norm": grad_norm,
+                    "loss_scale": state.optimizer.get_loss_scale().item(),
+                    "global_batch_size": batch,
+                    "skipped_iterations": window.skipped,
+                    "nan_iterations": 0,
+                    "iteration_time_ms": seconds * 1000,
+                    "tokens_per_second": tokens / seconds,
+                    "tflops": tokens * self.flops_per_token / seconds / 1e12 / recipe.derived.world_size,
+                    "memory_gib": memory_gib(),
+                    "eta_s": seconds * -(-left // batch),
+                    "time": time.time(),
+                }
+            )
+        self.window = Window()
+
+    def _evaluate(self, name: str, batches: list) -> None:
+        started = time.perf_counter()
+        loss = evaluate(self.recipe, self.state, batches, self.stop)
+        training = self.recipe.training
+        if name == "validation":
+            self.state.consumed_valid_samples += training.eval_iters * training.global_batch_size
+        if loss is not None and self.progress is not None:
+            self.progress.validation(
+                {
+                    "iteration": self.state.iteration,
+                    "consumed_samples": self.state.consumed_train_samples,
+                    "set": name,
+                    "lm_loss_validation": loss,
+                    "ppl": model.perplexity(loss),
+                }
+            )
+        self.window.start += time.perf_counter() - started
+
+    def _final_evaluation(self) -> None:
+        if not self.recipe.training.eval_iters:
+            return
+        self._evaluate("final validation", self.valid_batches)
+        self._evaluate("test", self._loaders(self.test, 0))
+
+    def _save(self) -> None:
+        if self.saved_at != self.state.iteration:
+            started = time.perf_counter()
+            self.save(self.state)
+            self.saved_at = self.state.iteration
+            self.window.start += time.perf_counter() - started
+
+    def _why_stop(self) -> str | None:
+        training, minutes = self.recipe.training, (time.monotonic() - self.started) / 60
+        over = training.exit_duration_in_mins is not None and minutes > training.exit_duration_in_mins
+        signalled, over = agreed(self.stop.requested is not None, over)
+        if signalled:
+            return self.stop.requested or "a signal to another rank"
+        if over:
+            return f"training.exit_duration_in_mins={training.exit_duration_in_mins}"
+        if training.exit_interval and self.state.iteration % training.exit_interval == 0 and not self._complete():
+            return f"training.exit_interval={training.exit_interval}"
+        return None
+
+
+def memory_gib() -> float:
+    """Peak memory of this rank's GPU, or resident memory of its process, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def is_logging_rank() -> bool:
+    """Rank 0 writes metrics, whichever rank computes the loss."""
+    return torch.distributed.get_rank() == 0 and parallel_state.model_parallel_is_initialized()
