@@ -1,5 +1,9 @@
 """Mistakes that a user can mend."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake that the user can mend: printed in a few plain lines, exit code 2, no traceback.
@@ -14,6 +18,11 @@ class UserError(Exception):
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
 
+    @property
+    def each(self) -> Sequence[UserError]:
+        """The mistakes one by one; here only this one."""
+        return (self,)
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
@@ -21,3 +30,26 @@ class UserError(Exception):
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
+
+
+class UserErrors(UserError):
+    """Several mistakes found at once, so that a user mends them in one go."""
+
+    def __init__(self, errors: Sequence[UserError]):
+        super().__init__(f"{len(errors)} mistakes")
+        self.errors = tuple(errors)
+
+    @property
+    def each(self) -> Sequence[UserError]:
+        return self.errors
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raise the one error as it is, several as one `UserErrors`, and nothing where there is none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UserErrors(errors)

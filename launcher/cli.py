@@ -1,0 +1,89 @@
+"""`yuan VERB recipe=NAME key=value …`: the verbs, and how a mistake is shown."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated, Optional
+
+import typer
+
+from launcher.errors import UserError
+
+STORY = """\
+\b
+A story, from text to answers:
+  yuan recipes list                                see what there is
+  yuan preprocess --input data/corpus.jsonl        text to token ids
+  yuan check recipe=345m_1dp                       would it run?
+  yuan pretrain recipe=345m_1dp                    train; again: resume
+  yuan generate --input pred_input.jsonl           answers to output.txt
+\b
+Any value of a recipe is set by key=value: yuan pretrain recipe=345m_1dp training.train_iters=100
+"""
+
+# typer's rich panels would cost 0.1 s of every start and break when copied; plain text does neither
+app = typer.Typer(
+    name="yuan",
+    help="One recipe carries a language model from raw text to answers, on Megatron.",
+    epilog=STORY,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"yuan {version('yuan')} (megatron-core {version('megatron-core')}, torch {version('torch')})")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        Optional[bool], typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions.")
+    ] = None,
+) -> None:
+    pass
+
+
+def _register() -> None:
+    """Every verb is launcher/commands/<verb>.py: a function of that name, or an `app` with verbs of its own."""
+    for verb in ("recipes", "check", "tokenizer", "preprocess", "pretrain", "generate"):
+        if importlib.util.find_spec(f"launcher.commands.{verb}") is None:
+            continue
+        module = importlib.import_module(f"launcher.commands.{verb}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=verb)
+        else:
+            app.command(verb)(getattr(module, verb))
+
+
+_register()
+
+
+def main() -> None:
+    """Run `yuan`: exit code 0, 2 for a mistake of the user, 130 for Ctrl-C; a bug of ours shows its traceback."""
+    try:
+        app()
+    except UserError as error:
+        print_errors(error)
+        sys.exit(2)
+
+
+def print_errors(error: UserError) -> None:
+    """Print each mistake as plain lines on stderr, `error:` in red where a person looks on and NO_COLOR is not set."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    mark = "\033[1;31merror:\033[0m" if colour else "error:"
+    for one in error.each:
+        print(f"{mark} {one}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Words of a command line → one typed, resolved recipe that knows where each value came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.errors import UserError, raise_all
+from launcher.recipe.device import on_gpu, resolve_device
+from launcher.recipe.find import available, find
+from launcher.recipe.keys import Key, suggest, table
+from launcher.recipe.layers import Given, from_recipe, from_words
+from launcher.recipe.resolve import resolve
+from launcher.recipe.schema import Recipe
+
+ALTERNATIVES = (
+    ("training.train_iters", "training.train_samples", "training.train_tokens"),
+    ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples", "optimizer.lr_decay_tokens"),
+    ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples", "optimizer.lr_warmup_tokens", "optimizer.lr_warmup_fraction"),
+    ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_samples", "optimizer.lr_wsd_decay_tokens"),
+)
+
+OmegaConf.register_resolver("on_gpu", on_gpu, replace=True)
+
+
+@dataclass
+class Loaded:
+    """A recipe ready to use.
+
+    Attributes:
+        recipe: typed and resolved: derived values are filled.
+        sources: for every dotted key, where its value came from: a recipe's file, `command line`, an option
+            such as `--input`, `derived` or `default`.
+        name: the recipe's name, without folder and suffix.
+    """
+
+    recipe: Recipe
+    sources: dict[str, str]
+    name: str
+
+
+def load(
+    words: list[str], options: dict[str, tuple[object, str]] | None = None, default: str | None = None
+) -> Loaded:
+    """Compose a recipe.
+
+    Args:
+        words: `recipe=NAME` and `key=value` as typed on the command line; the last of a key wins.
+        options: dotted key → (value, flag), from a verb's own options; they override everything, None is skipped.
+        default: the recipe to take where the words name none.
+
+    Raises:
+        UserError: with every fault at once: unknown recipes and keys, wrong types, keys given twice.
+    """
+    faults: list[UserError] = []
+    words_given, names = from_words(words, faults)
+    if len(names) > 1:
+        faults.append(UserError(f"two recipes are named: {' and '.join(names)}", "command line", "name one; a recipe's `base:` joins several"))
+    name = names[-1] if names else default
+    if name is None:
+        raise UserError("no recipe is named", "command line", f"add recipe=NAME; there are: {', '.join(available())}")
+    given: list[Given] = []
+    try:
+        path = find(name)
+        given = from_recipe(path, faults)
+    except UserError as error:
+        faults.append(error)
+    given += words_given
+    given += [Given(key, value, flag, flag) for key, (value, flag) in (options or {}).items() if value is not None]
+
+    config, sources = _apply(given, faults)
+    recipe = _typed(config, sources, faults)
+    raise_all(faults)
+    resolve(recipe, sources, path.stem)
+    return Loaded(recipe, sources, path.stem)
+
+
+def _apply(given: list[Given], faults: list[UserError]) -> tuple[DictConfig, dict[str, str]]:
+    config = OmegaConf.structured(Recipe)
+    sources = dict.fromkeys(table(), "default")
+    for one in given:
+        for other in _displaced(one, sources):
+            OmegaConf.update(config, other, table()[other].default)
+            sources[other] = "default"
+        key = table().get(one.key)
+        if key is None:
+            faults.append(_unknown(one))
+        elif one.key.startswith("derived."):
+            fix = "leave it out: it follows from other keys, and `yuan recipes show` prints it"
+            faults.append(UserError(f"{one.key} cannot be given", one.place, fix))
+        else:
+            try:
+                OmegaConf.update(config, one.key, _whole(key, one.value))
+                sources[one.key] = one.source
+            except OmegaConfBaseException:
+                faults.append(_wrong_type(key, one.value, one.place))
+    return config, sources
+
+
+def _displaced(one: Given, sources: dict[str, str]) -> list[str]:
+    """Alternatives of the key that an earlier layer gave: train_tokens on the command line puts a recipe's train_iters aside.
+
+    Two alternatives from one place both stay, and `check` refuses them.
+    """
+    others = [key for group in ALTERNATIVES if one.key in group for key in group if key != one.key]
+    return [key for key in others if one.value is not None and sources[key] not in ("default", one.source)]
+
+
+def _unknown(one: Given) -> UserError:
+    if "." not in one.key and any(key.startswith(f"{one.key}.") for key in table()):
+        fix = f"give its keys, such as {next(key for key in table() if key.startswith(one.key + '.'))}=…"
+        return UserError(f"{one.key} is a group of keys, not a value", one.place, fix)
+    return UserError(f"unknown key {one.key}", one.place, suggest(one.key))
+
+
+def _wrong_type(key: Key, value: Any, place: str) -> UserError:
+    shown = "null" if value is None else repr(value)
+    return UserError(f"{key.name} must be {key.expected}, not {shown}", place, key.doc)
+
+
+def _whole(key: Key, value: Any) -> Any:
+    """1e9 is a float to YAML; where a whole number is wanted it is taken as the whole number it is."""
+    return int(value) if key.type is int and isinstance(value, float) and value.is_integer() else value
+
+
+def _typed(config: DictConfig, sources: dict[str, str], faults: list[UserError]) -> Recipe:
+    """Resolve `${...}` one by one, so that a fault names its key and `show` can tell what an expression gave."""
+    device = None
+    for name, key in table().items():
+        group, leaf = name.split(".")
+        if not OmegaConf.is_interpolation(config[group], leaf):
+            continue
+        expression = OmegaConf.to_container(config[group], resolve=False)[leaf]
+        try:
+            config[group][leaf] = config[group][leaf]
+            if "on_gpu" in expression:
+                device = device or resolve_device(config.launch.device)
+                sources[name] += f" {expression}, and the device is {device}"
+        except (OmegaConfBaseException, TypeError) as error:
+            what = f"{name}: {expression} gives no value: {str(error).splitlines()[0]}"
+            faults.append(UserError(what, sources[name], f"it must be {key.expected}"))
+            config[group][leaf] = key.default
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an expression inside a list
+        faults.append(UserError(f"{error.full_key}: {str(error).splitlines()[0]}", sources.get(str(error.full_key).split("[")[0], "")))
+        return Recipe()

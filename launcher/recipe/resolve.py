@@ -1,0 +1,128 @@
+"""Fills what follows from the rest of a recipe, so that nobody is asked for it.
+
+What cannot be derived from impossible values stays None: `check` says what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from launcher.recipe.device import resolve_device
+from launcher.recipe.schema import Recipe, Tokenizer
+
+DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's, where data_path comes without a split
+
+
+def resolve(recipe: Recipe, sources: dict[str, str], name: str) -> None:
+    """Fill the derived values of `recipe` in place and note them in `sources`.
+
+    `name` is the recipe's own name: the run is called so unless run.name says otherwise. Values that were given
+    are never changed.
+    """
+
+    def fill(key: str, value: Any) -> None:
+        group, leaf = key.split(".")
+        if getattr(getattr(recipe, group), leaf) is None and value is not None:
+            setattr(getattr(recipe, group), leaf, value)
+            sources[key] = "derived"
+
+    fill("run.name", name)
+    fill("run.dir", f"runs/{recipe.run.name}")
+    if recipe.data.data_path is not None:
+        fill("data.split", DEFAULT_SPLIT)
+    fill("preprocess.workers", cores())
+    _model(recipe, fill)
+    _processes(recipe, fill)
+    _lengths(recipe, fill)
+    _schedule(recipe, fill)
+    _vocabulary(recipe, fill)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _model(recipe: Recipe, fill) -> None:
+    m = recipe.model
+    if m.hidden_size:
+        # Megatron's rule: two thirds of 4h, so that the gate's extra matrix adds no parameters, and a multiple of 64
+        fill("model.ffn_hidden_size", int((4 * m.hidden_size * 2 / 3) / 64) * 64 if m.swiglu else 4 * m.hidden_size)
+        if m.num_attention_heads and m.hidden_size % m.num_attention_heads == 0:
+            fill("model.kv_channels", m.hidden_size // m.num_attention_heads)
+    fill("model.num_query_groups", m.num_attention_heads)
+    fill("model.max_position_embeddings", recipe.training.seq_length)
+
+
+def _processes(recipe: Recipe, fill) -> None:
+    p, t, launch = recipe.parallel, recipe.training, recipe.launch
+    fill("derived.device", resolve_device(launch.device))
+    fill("derived.world_size", launch.nnodes * launch.nproc_per_node)
+    if recipe.derived.device == "cpu" and launch.nproc_per_node > 0:
+        fill("launch.cpu_threads", max(1, cores() // launch.nproc_per_node))
+    ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    if ranks > 0 and recipe.derived.world_size % ranks == 0:
+        fill("derived.data_parallel_size", recipe.derived.world_size // ranks)
+    at_once = (t.micro_batch_size or 0) * (recipe.derived.data_parallel_size or 0)
+    if at_once > 0:
+        fill("training.global_batch_size", at_once)
+        if t.global_batch_size % at_once == 0:
+            fill("derived.num_microbatches", t.global_batch_size // at_once)
+
+
+def _lengths(recipe: Recipe, fill) -> None:
+    """The whole training in samples and in steps; Megatron rounds samples down to whole steps."""
+    t = recipe.training
+    if t.train_iters is not None and t.global_batch_size:
+        fill("derived.train_iters", t.train_iters)
+        fill("derived.train_samples", t.train_iters * t.global_batch_size)
+        return
+    samples = t.train_samples
+    if samples is None and t.train_tokens is not None and t.seq_length:
+        samples = t.train_tokens // t.seq_length
+    fill("derived.train_samples", samples)
+    if samples is not None and t.global_batch_size and t.rampup_batch_size is None:
+        fill("derived.train_iters", samples // t.global_batch_size)
+
+
+def _schedule(recipe: Recipe, fill) -> None:
+    """`*_tokens` become iterations or samples, whichever the training counts; the decay is as long as the training."""
+    t, o = recipe.training, recipe.optimizer
+    by_iters = t.train_iters is not None
+    unit, per_unit = ("iters", (t.global_batch_size or 0) * (t.seq_length or 0)) if by_iters else ("samples", t.seq_length or 0)
+    for length in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        tokens = getattr(o, f"{length}_tokens")
+        if tokens and per_unit > 0:
+            if length == "lr_warmup" and o.lr_warmup_iters == o.lr_warmup_samples == 0:
+                setattr(o, f"{length}_{unit}", None)
+            fill(f"optimizer.{length}_{unit}", tokens // per_unit)
+    if o.lr_decay_iters is None and o.lr_decay_samples is None:
+        fill(f"optimizer.lr_decay_{unit}", t.train_iters if by_iters else recipe.derived.train_samples)
+
+
+def _vocabulary(recipe: Recipe, fill) -> None:
+    fill("derived.vocab_size", vocabulary_size(recipe.tokenizer))
+    if recipe.tokenizer.type != "NullTokenizer":
+        fill("tokenizer.vocab_size", recipe.derived.vocab_size)
+    divisor = recipe.model.make_vocab_size_divisible_by * recipe.parallel.tensor_model_parallel_size
+    if recipe.derived.vocab_size and divisor > 0:
+        fill("derived.padded_vocab_size", -(-recipe.derived.vocab_size // divisor) * divisor)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int | None:
+    """How many ids the tokenizer has; None where its files are missing or are not what they should be."""
+    try:
+        if tokenizer.type == "NullTokenizer":
+            return None if tokenizer.vocab_size is None else tokenizer.vocab_size + 1  # the end of document
+        if tokenizer.type == "GPT2BPETokenizer" and tokenizer.vocab_file:
+            with open(tokenizer.vocab_file, encoding="utf-8") as file:
+                return len(json.load(file))
+        if tokenizer.type == "SentencePieceTokenizer" and tokenizer.tokenizer_model:
+            from sentencepiece import SentencePieceProcessor
+
+            return SentencePieceProcessor(model_file=tokenizer.tokenizer_model).get_piece_size()
+    except (OSError, ValueError, RuntimeError, TypeError):
+        pass
+    return None
