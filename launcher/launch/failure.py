@@ -8,7 +8,7 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import UserError
+from launcher.errors import UserError, raise_all
 from launcher.launch.processes import Exit, how
 from launcher.run.folder import RunFolder
 
@@ -55,10 +55,10 @@ def report(found: list[Failure], folder: RunFolder) -> str:
     return "\n".join(lines)
 
 
-def as_user_error(failure: Failure) -> UserError | None:
-    """The UserError that a worker raised, so that it reads as if it had been raised before the launch."""
-    user = failure.error and failure.error["user_error"]
-    return UserError(**user) if user else None
+def raise_user_error(failure: Failure) -> None:
+    """Raise the UserError that ended a worker, if one did, so that it reads as if it had been raised before the launch."""
+    if failure.error:
+        raise_all([UserError(**mistake) for mistake in failure.error["user_errors"]])
 
 
 def _error(folder: RunFolder, rank: int) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.launch.failure import as_user_error, failures, report
+from launcher.launch.failure import failures, raise_user_error, report
 from launcher.launch.processes import Exit, StopSignals, supervise
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
@@ -53,9 +53,7 @@ def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:
                 found = []  # a rank without its handlers yet died of the signal itself; its peers' errors follow from it
             if not found:
                 break
-            error = as_user_error(found[0])
-            if error:
-                raise error
+            raise_user_error(found[0])
             _say(report(found, folder))
             if stop.requested or attempt == recipe.launch.max_restarts:
                 return 1

@@ -130,14 +130,14 @@ def _write_error(path: Path, rank: int, error: Exception) -> None:
     """What killed this rank, for the launcher to show; written beside and renamed."""
     from launcher.errors import UserError
 
-    user = {"what": error.what, "where": error.where, "fix": error.fix} if isinstance(error, UserError) else None
+    mistakes = error.each if isinstance(error, UserError) else ()
     record = {
         "rank": rank,
         "time": time.time(),
         "type": type(error).__qualname__,
         "message": str(error),
         "traceback": traceback.format_exc(),
-        "user_error": user,
+        "user_errors": [{"what": one.what, "where": one.where, "fix": one.fix} for one in mistakes],
     }
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

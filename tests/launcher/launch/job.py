@@ -1,0 +1,31 @@
+"""A job of the tests: `job.py RUN_DIR SCENARIO [key=value ...]` launches worker.py on two ranks as a verb would."""
+
+import sys
+from pathlib import Path
+
+from launcher.cli import print_errors
+from launcher.errors import UserError
+from launcher.launch import processes
+from launcher.launch.torchrun import launch
+from launcher.recipe.schema import Recipe
+from launcher.run.folder import open_run
+
+
+def main(run_dir: str, scenario: str, *settings: str) -> int:
+    processes.GRACE_S = 1.0
+    recipe = Recipe()
+    recipe.run.dir, recipe.run.name, recipe.derived.device = run_dir, scenario, "cpu"
+    recipe.launch.nproc_per_node, recipe.launch.cpu_threads = 2, 1
+    for setting in settings:
+        key, value = setting.split("=")
+        setattr(recipe.launch, key, int(value))
+    try:
+        folder = open_run(recipe, {}, ["yuan", "pretrain", scenario])
+        return launch(recipe, folder, Path(__file__).with_name("worker.py"), "pretrain")
+    except UserError as error:
+        print_errors(error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""A worker without an engine: what it does is named by the recipe's run.name."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+from launcher.workers.entry import run_worker, terminal
+
+RANK = int(os.environ["RANK"])
+CHILD = "import sys, time; time.sleep(0.5); open(sys.argv[1], 'w').write('whole')"
+
+
+def main(recipe, folder, stop):
+    print("stdout of rank", RANK)
+    warnings.warn("a library complains", stacklevel=1)
+    (folder.path / f"pid_{RANK}").write_text(str(os.getpid()))
+    globals()[recipe.run.name](folder, stop)
+
+
+def success(folder, stop):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        print(f"{name}={os.environ[name]}")
+    os.system("echo printed by a child process")
+    print(f"path {os.path.dirname(os.path.realpath(__file__)) in map(os.path.realpath, sys.path)}")
+    print("shown to the user", file=terminal())
+
+
+def first_raises(folder, stop):
+    if RANK == 1:
+        raise RuntimeError("the boom")
+    time.sleep(0.3)
+    raise ConnectionError("lost the peer")
+
+
+def first_raises_other_hangs(folder, stop):
+    if RANK == 1:
+        raise RuntimeError("the boom")
+    time.sleep(1000)
+
+
+def killed(folder, stop):
+    """Rank 1 is killed as by the out-of-memory killer; rank 0 notices at once and fails too."""
+    mark = folder.path / "about_to_die"
+    if RANK == 1:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not mark.exists():
+        time.sleep(0.001)
+    raise ConnectionError("lost the peer")
+
+
+def crash(folder, stop):
+    import faulthandler
+
+    if RANK == 0:
+        faulthandler._sigsegv()
+
+
+def user_error(folder, stop):
+    from launcher.errors import UserError
+
+    raise UserError("the checkpoint is of another model", "runs/x", "give its recipe")
+
+
+def two_user_errors(folder, stop):
+    from launcher.errors import UserError, raise_all
+
+    raise_all([UserError("the first mistake"), UserError("the second mistake")])
+
+
+def train(folder, stop):
+    """Until asked to stop; a child process is in the middle of a write when that happens."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(folder.path / f"saved_{RANK}")])
+    while stop.requested is None:
+        time.sleep(0.02)
+    print("asked by", stop.requested)
+    assert child.wait() == 0
+    if RANK == 0:
+        folder.checkpoints.mkdir()
+        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("7")
+
+
+def deaf(folder, stop):
+    time.sleep(1000)
+
+
+def fails_once(folder, stop):
+    if not (folder.path / f"failed_{RANK}").exists():
+        (folder.path / f"failed_{RANK}").touch()
+        raise RuntimeError("only the first time")
+    print("went well")
+
+
+def leaves_a_child(folder, stop):
+    child = subprocess.Popen(["sleep", "1000"])
+    (folder.path / f"child_{RANK}").write_text(str(child.pid))
+    if RANK == 1:
+        raise RuntimeError("the boom")
+
+
+def meet(folder, stop):
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor([10.0**RANK])
+    torch.distributed.all_reduce(total)
+    (folder.path / f"sum_{RANK}").write_text(str(int(total)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_worker(main)
