@@ -62,18 +62,28 @@ def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> Iterator[tuple[str, list[l
     Raises:
         InputError: a line that is not UTF-8, not a JSON object, has no such key or something other than text there.
     """
-    for number, line in enumerate(chunk.lines, start=chunk.first):
-        where = f"{chunk.path}:{number}"
+    for where, line in decode_lines(chunk):
         record = _parse_line(line, where)
         yield where, [_sentences(record, key, where) for key in keys]
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, object]:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        fix = "convert the file to UTF-8 (iconv -t UTF-8), or mend the line"
-        raise InputError(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1} of the line", where, fix) from None
+def decode_lines(chunk: Chunk) -> Iterator[tuple[str, str]]:
+    """Each line as (its place as `file:line`, its text).
+
+    Raises:
+        InputError: a line that is not UTF-8.
+    """
+    for number, line in enumerate(chunk.lines, start=chunk.first):
+        where = f"{chunk.path}:{number}"
+        try:
+            yield where, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            fix = "convert the file to UTF-8 (iconv -t UTF-8), or mend the line"
+            shown = _beginning(line.decode("utf-8", errors="backslashreplace"))
+            raise InputError(f"not UTF-8 at byte {error.start + 1} of the line: {shown}", where, fix) from None
+
+
+def _parse_line(text: str, where: str) -> dict[str, object]:
     if not text.strip():
         raise InputError("a blank line, where a JSON object should be", where, "remove blank lines: sed -i '/^[[:space:]]*$/d' FILE")
     try:

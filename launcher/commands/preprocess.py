@@ -1,0 +1,209 @@
+"""`yuan preprocess`: a JSONL corpus into Megatron's .bin/.idx."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from launcher.commands.tokenizer import (
+    MergeFile,
+    PlainSpecialTokens,
+    TokenizerModel,
+    TokenizerType,
+    VocabFile,
+    VocabSize,
+    Words,
+    tokenizer_of,
+    tokenizer_options,
+    typed_keys,
+)
+from launcher.errors import UserError, raise_all
+from launcher.recipe import Loaded, load
+
+if TYPE_CHECKING:
+    from data_tools.preprocess import Counts
+    from data_tools.tokenizers import Tokenizer
+
+_TRAINING_RECIPE = "345m_1dp"  # what the closing line proposes when the data were made without a training recipe
+_INPUT_FIX = (
+    "give a JSONL file, one object such as {{\"text\": \"...\"}} per line, with --input FILE.jsonl;"
+    " for a small one to try: python examples/make_corpus.py {}"
+)
+_KEYS_HELP = "Keys of each line to tokenize, one output each: --json-keys text title"
+
+
+def preprocess(
+    words: Words = None,
+    input: Annotated[Optional[str], typer.Option("--input", help="JSONL file to tokenize.")] = None,
+    output_prefix: Annotated[Optional[str], typer.Option("--output-prefix", help="The output is PREFIX_KEY_document.bin and .idx.")] = None,
+    json_keys: Annotated[Optional[list[str]], typer.Option("--json-keys", "--key", metavar="KEY...", help=_KEYS_HELP)] = None,
+    tokenizer_type: TokenizerType = None,
+    vocab_file: VocabFile = None,
+    merge_file: MergeFile = None,
+    tokenizer_model: TokenizerModel = None,
+    vocab_size: VocabSize = None,
+    plain_special_tokens: PlainSpecialTokens = None,
+    append_eod: Annotated[
+        Optional[bool], typer.Option("--append-eod/--no-append-eod", help="End every document with the end-of-document id.")
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option("--workers", min=1, help="Processes.")] = None,
+    dataset_impl: Annotated[Optional[str], typer.Option("--dataset-impl", hidden=True)] = None,
+    chunk_size: Annotated[Optional[int], typer.Option("--chunk-size", hidden=True)] = None,
+    log_interval: Annotated[Optional[int], typer.Option("--log-interval", hidden=True)] = None,
+) -> None:
+    """Tokenize a JSONL file into Megatron's .bin/.idx, byte for byte as Megatron-LM's preprocess_data.py.
+
+    The options bear Megatron-LM's names; each is short for a recipe's key (--input for preprocess.input).
+    Documents keep their order, and a line that cannot be tokenized is refused with its number.
+    """
+    pairs, json_keys = _bare_words_are_keys(words or [], json_keys)
+    options: dict[str, tuple[object, str]] = {
+        "preprocess.input": (input, "--input"),
+        "preprocess.output_prefix": (output_prefix, "--output-prefix"),
+        "preprocess.json_keys": (json_keys, "--json-keys"),
+        "preprocess.append_eod": (append_eod, "--append-eod"),
+        "preprocess.workers": (workers, "--workers"),
+        **tokenizer_options(
+            type=tokenizer_type,
+            vocab_file=vocab_file,
+            merge_file=merge_file,
+            tokenizer_model=tokenizer_model,
+            vocab_size=vocab_size,
+            plain_special_tokens=plain_special_tokens,
+        ),
+    }
+    for flag, value in (("--dataset-impl", dataset_impl), ("--chunk-size", chunk_size), ("--log-interval", log_interval)):
+        if value is not None:
+            typer.echo(f"note: {flag} {value} has no effect here (Megatron-LM dropped it, or the progress line replaces it)", err=True)
+    _run(load(pairs, options, default="preprocess"))
+
+
+def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple[list[str], list[str] | None]:
+    """Megatron-LM's `--json-keys text title`: here `title` arrives as a word without `=`. Also `--json-keys text,title`."""
+    if not json_keys:
+        return words, None
+    keys = [key for given in json_keys for key in given.split(",") if key]
+    return [word for word in words if "=" in word], keys + [word for word in words if "=" not in word]
+
+
+def _run(loaded: Loaded) -> None:
+    from data_tools.errors import DataError
+    from data_tools.indexed import bin_path, idx_path
+    from data_tools.preprocess import dataset_prefix, preprocess
+
+    tokenizer = _check(loaded)
+    asked = loaded.recipe.preprocess
+    workers = asked.workers or 1
+    prefixes = [dataset_prefix(asked.output_prefix, key) for key in asked.json_keys]
+    size = Path(asked.input).stat().st_size
+    typer.echo(f"input      {asked.input} ({_megabytes(size)}), {_plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}")
+    ending = f"every document ends with {tokenizer.eod}" if asked.append_eod else "no end-of-document ids (see --append-eod)"
+    typer.echo(f"tokenizer  {tokenizer.type}, {tokenizer.vocab_size} ids; {ending}")
+    for prefix in prefixes:
+        replaced = " (replaces the one there)" if idx_path(prefix).exists() else ""
+        typer.echo(f"output     {bin_path(prefix)} and .idx{replaced}")
+    typer.echo(f"workers    {workers}")
+
+    started = time.monotonic()
+    try:
+        with _Meter(size) as meter:
+            counts = preprocess(
+                asked.input, asked.output_prefix, tokenizer, json_keys=asked.json_keys, append_eod=asked.append_eod, workers=workers, progress=meter.show
+            )
+    except DataError as error:
+        raise UserError(error.what, error.where, error.fix) from None
+    except OSError as error:
+        raise UserError(f"cannot read or write: {error}", asked.output_prefix, "see to the space and the rights there, and start again") from None
+    _report(loaded, prefixes, list(counts.values()), time.monotonic() - started)
+
+
+def _check(loaded: Loaded) -> Tokenizer:
+    """Everything that can be known before the first line is read, all faults at once."""
+    from data_tools.errors import DataError
+    from data_tools.jsonl import check_readable
+
+    asked, faults = loaded.recipe.preprocess, []
+    if not asked.output_prefix:
+        faults.append(UserError("preprocess.output_prefix is not given", f"recipe {loaded.name}", "--output-prefix data/my-gpt2"))
+    if not asked.input:
+        faults.append(UserError("preprocess.input is not given", f"recipe {loaded.name}", _INPUT_FIX.format("data/corpus.jsonl")))
+    else:
+        try:
+            check_readable(Path(asked.input))
+        except DataError as error:
+            fix = error.fix if Path(asked.input).exists() else _INPUT_FIX.format(asked.input)
+            faults.append(UserError(error.what, f"preprocess.input ({loaded.sources['preprocess.input']})", fix))
+    tokenizer = tokenizer_of(loaded, faults)
+    raise_all(faults)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: float) -> None:
+    tokens, read = sum(count.tokens for count in counts), counts[0].bytes
+    typer.echo(
+        f"done       {_plural(counts[0].documents, 'document')}, {tokens:,} tokens, {_megabytes(read)} in {seconds:.1f} s"
+        f" ({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s)"
+    )
+    for prefix, count in zip(prefixes, counts, strict=True):
+        typer.echo(f"           {prefix}.bin and .idx: {count.tokens:,} tokens, largest id {count.largest_id}")
+    typer.echo(f"next       {_next_command(loaded, prefixes[0])}")
+
+
+def _next_command(loaded: Loaded, prefix: str) -> str:
+    recipe = loaded.name if loaded.recipe.model.num_layers else _TRAINING_RECIPE
+    words = [f"recipe={recipe}", f"data.data_path={prefix}"]
+    for key in typed_keys(loaded):
+        value = getattr(loaded.recipe.tokenizer, key)
+        words.append(f"tokenizer.{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return "yuan pretrain " + shlex.join(words)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class _Meter:
+    """Rates and time left on stderr: a bar on a terminal, elsewhere a line every 10 seconds."""
+
+    def __init__(self, total_bytes: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = TaskProgressColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), TextColumn("left:"), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("starting", total=total_bytes)
+        self._terminal = self._bar.console.is_terminal
+        self._started = self._shown = time.monotonic()
+
+    def show(self, counts: list[Counts]) -> None:
+        """The progress so far."""
+        now, read = time.monotonic(), counts[0].bytes
+        seconds = max(now - self._started, 1e-9)
+        rates = (
+            f"{counts[0].documents:,} documents, {read / 1e6 / seconds:.2f} MB/s, {counts[0].documents / seconds:,.0f} docs/s,"
+            f" {sum(count.tokens for count in counts) / seconds:,.0f} tokens/s"
+        )
+        self._bar.update(self._task, completed=read, description=rates)
+        if not self._terminal and now - self._shown > 10:
+            self._shown = now
+            total = self._bar.tasks[0].total or read
+            print(f"{100 * read / total:.0f} %, {rates}, {seconds / read * (total - read):.0f} s left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Meter:
+        if self._terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal:
+            self._bar.stop()
