@@ -1,0 +1,114 @@
+"""A folder of checkpoints, laid out as Megatron-LM lays it out.
+
+    checkpoints/
+      latest_checkpointed_iteration.txt     the digits of the newest whole one
+      iter_0001000/                         a whole checkpoint
+      iter_0002000.part/                    one that is being written, or whose writer died
+
+A checkpoint is written into its `.part` folder, renamed when it is whole, and named by the tracker last. Whoever reads
+the tracker, or sees a folder without `.part`, sees a whole checkpoint.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or cannot be used; the message names the path and what is wrong with it."""
+
+
+def name_of(iteration: int) -> str:
+    """`iter_0001000` for 1000."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """1000 for `.../iter_0001000`; Megatron-LM's `release` counts as 0."""
+    if checkpoint.name == "release":
+        return 0
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint} is no checkpoint: its name is not iter_ and digits")
+    return int(match[1])
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=iteration_of)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: an iter_ folder itself, or the newest of a checkpoints folder or a run folder.
+
+    Raises:
+        CheckpointError: nothing is there, or the tracker names a checkpoint that is not there.
+    """
+    if _NAME.fullmatch(path.name) or path.name == "release":
+        if path.is_dir():
+            return path
+        raise CheckpointError(f"there is no checkpoint {path}")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(f"there is no whole checkpoint in {path}: it holds no {TRACKER}")
+    word = tracker.read_text(encoding="utf-8").strip()
+    if word != "release" and not word.isdecimal():
+        raise CheckpointError(f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}")
+    checkpoint = folder / ("release" if word == "release" else name_of(int(word)))
+    if not checkpoint.is_dir():
+        found = ", ".join(path.name for path in whole_checkpoints(folder)) or "none"
+        raise CheckpointError(f"{tracker} names {checkpoint.name}, which is not there (there: {found})")
+    return checkpoint
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """An empty `.part` folder to write a checkpoint into; what a dead writer left there is removed."""
+    part = folder / (name_of(iteration) + ".part")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    return part
+
+
+def commit(part: Path) -> Path:
+    """Make a written checkpoint count: flush it to the disk, rename it, then move the tracker. Returns its folder."""
+    for path in sorted(part.rglob("*")):
+        if path.is_file():
+            _flush(path)
+    checkpoint = part.with_name(part.name.removesuffix(".part"))
+    if checkpoint.exists():  # the same iteration saved again, after a resume from an older one
+        shutil.rmtree(checkpoint)
+    part.rename(checkpoint)
+    _flush(checkpoint.parent)
+    tracker = checkpoint.parent / TRACKER
+    beside = tracker.with_name(TRACKER + ".part")
+    beside.write_text(str(iteration_of(checkpoint)), encoding="utf-8")
+    _flush(beside)
+    beside.replace(tracker)
+    return checkpoint
+
+
+def keep_last(folder: Path, count: int) -> list[Path]:
+    """Remove all but the `count` newest whole checkpoints; never the one that the tracker names. Returns what went."""
+    kept = newest_checkpoint(folder)
+    gone = [path for path in whole_checkpoints(folder)[: -max(count, 1)] if path != kept]
+    for path in gone:
+        # Renamed first, so that a reader never meets a checkpoint that is half removed.
+        dying = path.rename(path.with_name(path.name + ".part"))
+        shutil.rmtree(dying)
+    return gone
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

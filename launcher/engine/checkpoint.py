@@ -1,0 +1,245 @@
+"""Saving and loading what training changes: megatron-core's sharded checkpoints, or Megatron-LM's `torch` layout."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.safe_globals import register_safe_globals
+
+from checkpoints import folder as folders
+from checkpoints.folder import CheckpointError
+from launcher.engine.data import tokenizer_of
+from launcher.engine.model import unwrap
+from launcher.engine.train import TrainState
+from launcher.recipe.frozen import read_frozen, write_frozen
+from launcher.recipe.schema import Recipe
+
+# How the state is cut into tensors. `fully_reshardable` is the one form of the distributed optimizer's state that can be
+# loaded at another TP, PP and DP; megatron-core's default cannot.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
+
+
+def save(recipe: Recipe, state: TrainState, folder: Path) -> Path:
+    """Write the state into `folder` (a run's `checkpoints/`); whole or not at all. Every rank calls it.
+
+    Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
+    """
+    first = torch.distributed.get_rank() == 0
+    part = folder / (folders.name_of(state.iteration) + ".part")
+    if first:
+        folders.begin(folder, state.iteration)
+        write_frozen(recipe, part / "recipe.yaml")
+        copy_tokenizer(recipe, part / "tokenizer")
+    torch.distributed.barrier()
+    (_save_torch if recipe.checkpoint.format == "torch" else _save_torch_dist)(recipe, state, part)
+    torch.distributed.barrier()
+    checkpoint = part.with_name(folders.name_of(state.iteration))
+    if first:
+        checkpoint = folders.commit(part)
+        if recipe.checkpoint.keep_last:
+            folders.keep_last(folder, recipe.checkpoint.keep_last)
+    torch.distributed.barrier()
+    return checkpoint
+
+
+def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> None:
+    """Fill the state from `checkpoint` (an iter_ folder). With `resume` everything, else as checkpoint.finetune,
+    no_load_optim and no_load_rng say. Random numbers are restored where TP and PP are the same.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model or is damaged.
+    """
+    options = recipe.checkpoint
+    with_optimizer = resume or not (options.finetune or options.no_load_optim)
+    with_rng = (resume or not (options.finetune or options.no_load_rng)) and same_layout(recipe, checkpoint)
+    loaded = _read(recipe, state, checkpoint, with_optimizer, with_rng)
+    _load_chunks(state.chunks, loaded)
+    if with_optimizer:
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    elif recipe.training.precision != "fp32" or recipe.parallel.use_distributed_optimizer:
+        state.optimizer.reload_model_params()  # the fp32 copies must follow the weights
+    if with_rng:
+        _set_rng(loaded["rng_state"])
+    if resume or not options.finetune:
+        state.iteration = loaded["iteration"]
+        state.consumed_train_samples = loaded["args"].consumed_train_samples
+        state.consumed_valid_samples = loaded["args"].consumed_valid_samples
+        state.skipped_iterations = loaded["args"].skipped_train_iterations
+
+
+def load_weights(recipe: Recipe, chunks: list, checkpoint: Path) -> None:
+    """Fill model chunks of `build_chunks`, at any TP and PP (torch layout: the TP and PP it was saved at)."""
+    state = TrainState(chunks, optimizer=None, scheduler=None)
+    _load_chunks(chunks, _read(recipe, state, checkpoint, with_optimizer=False, with_rng=False))
+
+
+def same_layout(recipe: Recipe, checkpoint: Path) -> bool:
+    """Whether the checkpoint was saved at this recipe's TP and PP."""
+    saved = _saved_recipe(checkpoint)
+    if saved is None:
+        return True
+    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return all(getattr(saved.parallel, key) == getattr(recipe.parallel, key) for key in keys)
+
+
+def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Copy the tokenizer's files, so that the checkpoint can be used where the originals are not."""
+    folder.mkdir(parents=True)
+    for path in tokenizer_of(recipe).files.values():
+        shutil.copy2(path, folder / Path(path).name)
+
+
+# ---- what is saved ---------------------------------------------------------------------------------------------------
+
+
+def _common(recipe: Recipe, state: TrainState) -> dict:
+    """What is the same on every rank, under Megatron-LM's names."""
+    groups = asdict(recipe)
+    arguments = {key: value for group in ("model", "parallel", "training", "optimizer") for key, value in groups[group].items()}
+    arguments |= {
+        "add_position_embedding": recipe.model.position_embedding_type == "learned_absolute",
+        "tokenizer_type": recipe.tokenizer.type,
+        "padded_vocab_size": recipe.derived.padded_vocab_size,
+        "data_parallel_size": recipe.derived.data_parallel_size,
+        "world_size": recipe.derived.world_size,
+        "iteration": state.iteration,
+        "consumed_train_samples": state.consumed_train_samples,
+        "consumed_valid_samples": state.consumed_valid_samples,
+        "skipped_train_iterations": state.skipped_iterations,
+        "fp16": recipe.training.precision == "fp16",
+        "bf16": recipe.training.precision == "bf16",
+    }
+    return {
+        "args": Namespace(**arguments),
+        "checkpoint_version": 3.0,
+        "iteration": state.iteration,
+        "opt_param_scheduler": state.scheduler.state_dict() if state.scheduler else None,
+    }
+
+
+def _rng() -> list[dict]:
+    """The state of every random number generator of this rank, in Megatron-LM's form (one entry: data-parallel rank 0)."""
+    return [
+        {
+            "random_rng_state": random.getstate(),
+            "np_rng_state": np.random.get_state(),
+            "torch_rng_state": torch.get_rng_state(),
+            "cuda_rng_state": torch.cuda.get_rng_state(),
+            "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        }
+    ]
+
+
+def _set_rng(states: list[dict]) -> None:
+    state = states[0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def _chunk_keys(chunks: list) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+
+
+def _load_chunks(chunks: list, loaded: dict) -> None:
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        unwrap(chunk).load_state_dict(loaded[key])
+
+
+def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: bool, with_rng: bool) -> dict:
+    register_safe_globals()
+    read = _read_torch_dist if (checkpoint / "metadata.json").is_file() else _read_torch
+    try:
+        return read(recipe, state, checkpoint, with_optimizer, with_rng)
+    except (OSError, RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _saved_recipe(checkpoint: Path) -> Recipe | None:
+    path = checkpoint / "recipe.yaml"
+    return read_frozen(path) if path.is_file() else None
+
+
+# ---- torch_dist ------------------------------------------------------------------------------------------------------
+
+
+def _sharded_state(recipe: Recipe, state: TrainState, loading: bool, with_optimizer: bool, with_rng: bool) -> dict:
+    """The state as megatron-core's sharded tensors: each knows its place in the whole tensor."""
+    metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    sharded = _common(recipe, state)
+    for key, chunk in zip(_chunk_keys(state.chunks), state.chunks, strict=True):
+        sharded[key] = unwrap(chunk).sharded_state_dict(metadata=metadata)
+    if with_optimizer:
+        models = {key: sharded[key] for key in _chunk_keys(state.chunks)}
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    if with_rng:
+        sharded["rng_state"] = ShardedObject(
+            "rng_state",
+            _rng(),
+            (recipe.parallel.pipeline_model_parallel_size, recipe.parallel.tensor_model_parallel_size),
+            (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+            replica_id=parallel_state.get_data_parallel_rank(),
+        )
+    return sharded
+
+
+def _save_torch_dist(recipe: Recipe, state: TrainState, part: Path) -> None:
+    # megatron-core warns where the folder is not empty; it writes beside recipe.yaml and tokenizer/.
+    sharded = _sharded_state(recipe, state, loading=False, with_optimizer=True, with_rng=True)
+    dist_checkpointing.save(sharded, str(part), ("torch_dist", 1), content_metadata=dict(METADATA))
+
+
+def _read_torch_dist(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: bool, with_rng: bool) -> dict:
+    sharded = _sharded_state(recipe, state, loading=True, with_optimizer=with_optimizer, with_rng=with_rng)
+    return dist_checkpointing.load(sharded, str(checkpoint))
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+def _rank_folder(recipe: Recipe, checkpoint: Path) -> Path:
+    """`mp_rank_00`, with the pipeline rank behind it where there are stages."""
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if recipe.parallel.pipeline_model_parallel_size > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    return checkpoint / name
+
+
+def _save_torch(recipe: Recipe, state: TrainState, part: Path) -> None:
+    folder = _rank_folder(recipe, part)
+    first_replica = parallel_state.get_data_parallel_rank() == 0
+    if first_replica:
+        folder.mkdir()
+        whole = _common(recipe, state) | {"optimizer": state.optimizer.state_dict(), "rng_state": _rng()}
+        for key, chunk in zip(_chunk_keys(state.chunks), state.chunks, strict=True):
+            whole[key] = unwrap(chunk).state_dict_for_save_checkpoint()
+        torch.save(whole, folder / "model_optim_rng.pt")
+    if recipe.parallel.use_distributed_optimizer:
+        # Gathered on data-parallel rank 0, which alone writes; the others only send.
+        state.optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
+
+
+def _read_torch(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: bool, with_rng: bool) -> dict:
+    path = _rank_folder(recipe, checkpoint) / "model_optim_rng.pt"
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in checkpoint.glob("mp_rank_*"))) or "no mp_rank_ folder"
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}: the torch layout is loaded at the TP and PP that saved it (there: {found}); "
+            "checkpoint.format=torch_dist resumes at any"
+        )
+    # mmap: only what is used is read; weights_only: nothing in the file is executed.
+    loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if with_optimizer and recipe.parallel.use_distributed_optimizer:
+        state.optimizer.load_parameter_state(str(path.with_name("distrib_optim.pt")))
+    return loaded
