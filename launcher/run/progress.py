@@ -32,6 +32,8 @@ TRAIN_TAGS = {
     "grad-norm": "grad_norm",
 }
 
+CLEAR = "\r\x1b[2K"  # back to the line's start, and empty it
+
 
 class Progress:
     """Rank 0's record of a training run.
@@ -117,6 +119,7 @@ class _LiveLine:
     def __init__(self, terminal: TextIO):
         self._terminal: TextIO | None = terminal
         self._live = terminal.isatty()
+        self._live_text = ""
         self._drawn = 0.0
         self._last: dict[str, Any] = {}
 
@@ -132,11 +135,11 @@ class _LiveLine:
         self._draw(iteration, max(self._last["eta_s"] - seconds_since, 0))
 
     def keep(self, text: str) -> None:
-        self._write(("\r\x1b[2K" if self._live else "") + text + "\n")
+        self._write(f"{CLEAR}{text}\n{self._live_text}" if self._live else f"{text}\n")
 
     def clear(self) -> None:
         if self._live:
-            self._write("\r\x1b[2K")
+            self._write(CLEAR)
 
     def _draw(self, iteration: int, eta_s: float) -> None:
         if not self._live:
@@ -149,7 +152,8 @@ class _LiveLine:
         width = _columns(self._terminal)
         room = min(width - 1 - len(text) - 2, 40)
         bar = f"[{'#' * round(share * room):-<{room}}]" if room >= 10 else ""
-        self._write("\r\x1b[2K" + (bar + text)[: width - 1])
+        self._live_text = (bar + text)[: width - 1]
+        self._write(CLEAR + self._live_text)
 
     def _write(self, text: str) -> None:
         if self._terminal is None:
@@ -231,7 +235,7 @@ def _drop_after(path: Path, iteration: int) -> list[dict[str, Any]]:
             continue
         if record["iteration"] <= iteration:
             kept.append(record)
-            lines.append(line)
+            lines.append(line.rstrip("\n") + "\n")
     part = path.with_name(path.name + ".part")
     part.write_text("".join(lines), encoding="utf-8")
     part.replace(path)

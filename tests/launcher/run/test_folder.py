@@ -1,0 +1,156 @@
+"""Run folders: what open_run makes, and which recipes may go on with a run."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from launcher.errors import UserError
+from launcher.recipe import load
+from launcher.recipe.frozen import read_frozen
+from launcher.run.folder import RunFolder, changed_keys, open_run
+
+COMMAND = ["yuan", "pretrain", "recipe=345m_1dp", "run.name=with space"]
+
+
+def opened(tmp_path, *words: str, accept_changes: bool = False) -> RunFolder:
+    """The run folder of a recipe, opened and let go again."""
+    loaded = load(["recipe=345m_1dp", f"run.dir={tmp_path}/run", *words])
+    folder = open_run(loaded.recipe, loaded.sources, COMMAND, accept_changes)
+    folder.close()
+    return folder
+
+
+def test_a_new_folder_tells_what_was_asked_for_and_where_it_runs(tmp_path):
+    folder = opened(tmp_path)
+    recipe = read_frozen(folder.recipe)
+    assert recipe.optimizer.lr == 6e-5
+    assert recipe.run.dir == str(folder.path)
+    assert recipe == load(["recipe=345m_1dp", f"run.dir={tmp_path}/run"]).recipe
+    assert shlex.split(folder.command.read_text().splitlines()[1]) == COMMAND
+    environment = json.loads(folder.environment.read_text())
+    assert environment["packages"]["megatron-core"].startswith("0.16")
+    assert environment["cores"] >= 1
+    assert folder.logs.is_dir()
+    assert not list(folder.path.glob("*.part"))
+
+
+def test_the_same_recipe_resumes_and_every_start_is_noted(tmp_path):
+    assert opened(tmp_path).changes == []
+    folder = opened(tmp_path)
+    assert folder.changes == []
+    assert len(folder.command.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (["training.train_iters=5000"], "training.train_iters: 3000 -> 5000"),
+        (["launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2"], "parallel.tensor_model_parallel_size: 1 -> 2"),
+        (["launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2"], "launch.nproc_per_node: 1 -> 2"),
+        (["training.micro_batch_size=2"], "training.micro_batch_size: 4 -> 2"),
+        (["logging.log_interval=1"], "logging.log_interval: 100 -> 1"),
+        (["checkpoint.save_interval=null"], "checkpoint.save_interval: 1000 -> not given"),
+        (["training.eval_iters=0"], "training.eval_iters: 10 -> 0"),
+        (["generate.top_k=5"], "generate.top_k: 0 -> 5"),
+    ],
+)
+def test_a_safe_change_resumes_and_is_told(tmp_path, words, change):
+    opened(tmp_path)
+    folder = opened(tmp_path, *words)
+    assert change in folder.changes
+    recipe = load(["recipe=345m_1dp", f"run.dir={tmp_path}/run", *words]).recipe
+    assert read_frozen(folder.recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "diff"),
+    [
+        (["optimizer.lr=1e-3"], "optimizer.lr: 6e-05 -> 0.001   (command line)"),
+        (["training.global_batch_size=64"], "training.global_batch_size: 32 -> 64   (command line)"),
+        (["model.num_layers=12"], "model.num_layers: 24 -> 12   (command line)"),
+        (["training.seed=1"], "training.seed: 1234 -> 1   (command line)"),
+        (["data.data_path=[0.5,a,0.5,b]"], 'data.data_path: "data/my-gpt2_text_document" -> [0.5, "a", 0.5, "b"]   (command line)'),
+        (["optimizer.lr_decay_iters=3000"], "optimizer.lr_decay_iters: 430000 -> 3000   (command line)"),
+    ],
+)
+def test_another_recipe_is_refused_with_a_diff_unless_accepted(tmp_path, words, diff):
+    before = opened(tmp_path).recipe.read_text()
+    with pytest.raises(UserError) as error:
+        opened(tmp_path, "logging.log_interval=1", *words)
+    assert error.value.what == f"this run was made with another recipe:\n    {diff}"
+    assert "--accept-changes" in error.value.fix
+    folder = RunFolder(tmp_path / "run")
+    assert folder.recipe.read_text() == before
+    assert len(folder.command.read_text().splitlines()) == 2
+    assert diff.rsplit("   (")[0] in opened(tmp_path, *words, accept_changes=True).changes
+    assert opened(tmp_path, *words).changes == []
+
+
+def test_a_decay_as_long_as_the_training_grows_with_it(tmp_path):
+    tied = ["optimizer.lr_decay_iters=null"]
+    opened(tmp_path, *tied)
+    folder = opened(tmp_path, *tied, "training.train_iters=4000")
+    assert "optimizer.lr_decay_iters: 3000 -> 4000" in folder.changes
+
+
+def test_the_torch_format_ties_a_run_to_its_layout(tmp_path):
+    opened(tmp_path, "checkpoint.format=torch")
+    with pytest.raises(UserError, match="parallel.tensor_model_parallel_size: 1 -> 2"):
+        opened(tmp_path, "checkpoint.format=torch", "launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2")
+
+
+def test_a_vocabulary_changed_under_its_name_is_noticed(tmp_path):
+    old, new = (load(["recipe=345m_1dp", f"run.dir={tmp_path}"]).recipe for _ in range(2))
+    old.derived.vocab_size, new.derived.vocab_size = 50257, 50000
+    old.derived.world_size = 64
+    assert changed_keys(old, new) == {"derived.vocab_size": (50257, 50000)}
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
+    folder = opened(tmp_path)
+    folder.recipe.write_text("model: {no_such_key: 1}\n")
+    with pytest.raises(UserError, match="cannot be read") as error:
+        opened(tmp_path)
+    assert error.value.where == str(folder.recipe)
+    assert len(opened(tmp_path, accept_changes=True).changes) == 1
+
+
+def test_a_folder_in_use_names_its_job(tmp_path):
+    loaded = load(["recipe=345m_1dp", f"run.dir={tmp_path}/run"])
+    code = "import sys, time; from launcher.run.folder import Lock; lock = Lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    (tmp_path / "run").mkdir()
+    code = code.replace("Lock(sys.argv[1])", "Lock(__import__('pathlib').Path(sys.argv[1]))")
+    job = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE)
+    assert job.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"another job is writing this run: pid {job.pid} on"):
+        open_run(loaded.recipe, loaded.sources, COMMAND)
+    job.kill()
+    job.wait()
+    job.stdout.close()
+    open_run(loaded.recipe, loaded.sources, COMMAND).close()
+
+
+def test_a_second_machine_freezes_its_own_recipe_beside_the_firsts(tmp_path):
+    first = opened(tmp_path, "launch.nnodes=2")
+    second = opened(tmp_path, "launch.nnodes=2", "launch.node_rank=1")
+    assert read_frozen(first.recipe).launch.node_rank == 0
+    assert second.recipe.name == "recipe.node1.yaml"
+    assert read_frozen(second.recipe).launch.node_rank == 1
+    assert len(first.command.read_text().splitlines()) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="the run folder cannot be made"):
+        opened(tmp_path)
+
+
+def test_the_newest_checkpoint_is_what_the_tracker_says(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.latest_iteration() is None
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("1000\n")
+    assert folder.latest_iteration() == 1000
