@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from data_tools.errors import DataError
 from launcher.errors import UserError
 
 STORY = """\
@@ -74,6 +75,9 @@ def main() -> None:
         app()
     except UserError as error:
         print_errors(error)
+        sys.exit(2)
+    except DataError as error:
+        print_errors(UserError(error.what, error.where, error.fix))
         sys.exit(2)
 
 

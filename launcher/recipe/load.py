@@ -138,7 +138,7 @@ def _typed(config: DictConfig, sources: dict[str, str], faults: list[UserError])
             config[group][leaf] = config[group][leaf]
             if "on_gpu" in expression:
                 device = device or resolve_device(config.launch.device)
-                sources[name] += f" {expression}, and the device is {device}"
+                sources[name] += f": {expression} on {device}"
         except (OmegaConfBaseException, TypeError) as error:
             what = f"{name}: {expression} gives no value: {str(error).splitlines()[0]}"
             faults.append(UserError(what, sources[name], f"it must be {key.expected}"))

@@ -5,8 +5,8 @@ What cannot be derived from impossible values stays None: `check` says what is w
 
 from __future__ import annotations
 
-import json
 import os
+from dataclasses import fields
 from typing import Any
 
 from launcher.recipe.device import resolve_device
@@ -73,18 +73,40 @@ def _processes(recipe: Recipe, fill) -> None:
 
 
 def _lengths(recipe: Recipe, fill) -> None:
-    """The whole training in samples and in steps; Megatron rounds samples down to whole steps."""
+    """The whole training in steps, and in the samples that those steps consume."""
     t = recipe.training
-    if t.train_iters is not None and t.global_batch_size:
-        fill("derived.train_iters", t.train_iters)
-        fill("derived.train_samples", t.train_iters * t.global_batch_size)
-        return
     samples = t.train_samples
     if samples is None and t.train_tokens is not None and t.seq_length:
         samples = t.train_tokens // t.seq_length
-    fill("derived.train_samples", samples)
-    if samples is not None and t.global_batch_size and t.rampup_batch_size is None:
-        fill("derived.train_iters", samples // t.global_batch_size)
+    batch = t.global_batch_size
+    if not batch or batch < 0:
+        return
+    if t.train_iters is not None:
+        fill("derived.train_iters", t.train_iters)
+        fill("derived.train_samples", t.train_iters * batch)
+    elif samples is not None:
+        steps, consumed = _ramp(t.rampup_batch_size, batch, samples)
+        steps, rest = steps + (samples - consumed) // batch, (samples - consumed) % batch
+        fill("derived.train_iters", steps)
+        fill("derived.train_samples", samples - rest)
+
+
+def _ramp(rampup: list[int] | None, batch: int, samples: int) -> tuple[int, int]:
+    """Steps and samples of the phase in which the batch grows, by megatron-core's rule: `start` + one `increment` for
+    each equal share of the ramp's samples that is behind."""
+    if rampup is None or len(rampup) != 3:
+        return 0, 0
+    start, increment, length = rampup
+    if increment <= 0 or start <= 0 or batch <= start or length <= 0:
+        return 0, 0  # refused by `check`
+    share = length / ((batch - start) // increment or 1)
+    steps = consumed = 0
+    while consumed <= length:
+        size = start + int(consumed / share) * increment
+        if consumed + size > samples:
+            break
+        steps, consumed = steps + 1, consumed + size
+    return steps, consumed
 
 
 def _schedule(recipe: Recipe, fill) -> None:
@@ -99,7 +121,8 @@ def _schedule(recipe: Recipe, fill) -> None:
                 setattr(o, f"{length}_{unit}", None)
             fill(f"optimizer.{length}_{unit}", tokens // per_unit)
     if o.lr_decay_iters is None and o.lr_decay_samples is None:
-        fill(f"optimizer.lr_decay_{unit}", t.train_iters if by_iters else recipe.derived.train_samples)
+        whole = t.train_samples or (t.train_tokens or 0) // max(1, t.seq_length or 1) or None
+        fill(f"optimizer.lr_decay_{unit}", t.train_iters if by_iters else whole)
 
 
 def _vocabulary(recipe: Recipe, fill) -> None:
@@ -112,17 +135,11 @@ def _vocabulary(recipe: Recipe, fill) -> None:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int | None:
-    """How many ids the tokenizer has; None where its files are missing or are not what they should be."""
-    try:
-        if tokenizer.type == "NullTokenizer":
-            return None if tokenizer.vocab_size is None else tokenizer.vocab_size + 1  # the end of document
-        if tokenizer.type == "GPT2BPETokenizer" and tokenizer.vocab_file:
-            with open(tokenizer.vocab_file, encoding="utf-8") as file:
-                return len(json.load(file))
-        if tokenizer.type == "SentencePieceTokenizer" and tokenizer.tokenizer_model:
-            from sentencepiece import SentencePieceProcessor
+    """How many ids the tokenizer has; None where it cannot be built, which `check` explains."""
+    from data_tools.tokenizers import TokenizerError, build_tokenizer
 
-            return SentencePieceProcessor(model_file=tokenizer.tokenizer_model).get_piece_size()
-    except (OSError, ValueError, RuntimeError, TypeError):
-        pass
-    return None
+    settings = {f.name: getattr(tokenizer, f.name) for f in fields(tokenizer)}
+    try:
+        return build_tokenizer(settings.pop("type"), **settings).vocab_size
+    except TokenizerError:
+        return None

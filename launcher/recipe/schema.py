@@ -336,9 +336,9 @@ class Derived:
     padded_vocab_size: Optional[int] = None
     """vocab_size padded to make_vocab_size_divisible_by x TP."""
     train_samples: Optional[int] = None
-    """Samples the whole training consumes."""
+    """Samples that the steps of the whole training consume."""
     train_iters: Optional[int] = None
-    """Steps of the whole training (None with rampup_batch_size)."""
+    """Steps of the whole training; of train_samples, what does not fill a last step is left out, as Megatron-LM does."""
 
 
 @dataclass

@@ -1,0 +1,103 @@
+"""`yuan recipes`: list, show, copy, and the documentation of every key."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+import yaml
+
+from launcher.errors import UserError
+from launcher.recipe import Loaded, load
+from launcher.recipe.find import available, describe, find, label
+from launcher.recipe.keys import groups, table
+
+app = typer.Typer(help="List, show and copy recipes; print every key.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """List every recipe that recipe=NAME finds, with where it lives."""
+    rows = [(name, label(path), describe(path)) for name, path in available().items()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, place, text in rows:
+        print(f"{name:<{widths[0]}}  {place:<{widths[1]}}  {text}")
+
+
+@app.command()
+def show(
+    words: Annotated[list[str], typer.Argument(metavar="NAME key=value", help="A recipe's name, or recipe=NAME; then key=value.")],
+    everything: Annotated[bool, typer.Option("--all", help="Defaults and empty values too.")] = False,
+) -> None:
+    """Print a recipe resolved, each value with where it came from; the output is YAML and can be saved as a recipe.
+
+    \b
+    Examples:
+      yuan recipes show 345m_1dp
+      yuan recipes show recipe=345m_1dp training.train_tokens=1e9 --all
+    """
+    named = [f"recipe={word}" if "=" not in word else word for word in words]
+    print("\n".join(as_yaml(load(named), everything)))
+
+
+def as_yaml(loaded: Loaded, everything: bool) -> list[str]:
+    """The lines of a resolved recipe as YAML with a comment behind each value.
+
+    Derived values are comments themselves, so that what is saved derives them anew after an edit.
+    """
+    lines = [f"# {loaded.name}, resolved"]
+    for group in groups():
+        shown, live = [], False
+        for name in [name for name in table() if name.startswith(f"{group}.")]:
+            source, leaf = loaded.sources[name], name.split(".")[1]
+            value = getattr(getattr(loaded.recipe, group), leaf)
+            derived = source == "derived"
+            if source != "default" or (everything and group != "derived"):
+                text = f"{'# ' if derived else ''}{leaf}: {_scalar(value)}"
+                shown.append(f"  {text:<44}  # {source}")
+                live = live or not derived
+        if shown:
+            lines += [f"{group}:" if live else f"# {group}:", *shown]
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    """One value in YAML's flow style on one line, so that YAML and OmegaConf read the same back."""
+    if isinstance(value, float):
+        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="The recipe to copy.")],
+    dest: Annotated[Optional[Path], typer.Argument(metavar="[FILE]", help="Default: ./recipes/NAME.yaml")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Copy a recipe to edit it; the copy hides the packaged recipe of that name."""
+    source = find(name)
+    target = dest or Path("recipes") / source.name
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target} is that recipe already", "", "give another file to copy it to")
+    if target.exists() and not force:
+        raise UserError(f"{target} is there already", "", "give another file, or --force to overwrite it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"{label(source)} copied to {target}")
+
+
+@app.command()
+def keys(group: Annotated[Optional[str], typer.Argument(help="One group, such as training, or one key.")] = None) -> None:
+    """Print every key with its type, default and meaning."""
+    chosen = [key for name, key in table().items() if group is None or name == group or name.startswith(f"{group}.")]
+    if not chosen:
+        near = get_close_matches(group, [*groups(), *table()], n=3, cutoff=0.6)
+        fix = f"did you mean {' or '.join(near)}?" if near else "groups: " + ", ".join(groups())
+        raise UserError(f"no group or key {group!r}", "", fix)
+    for key in chosen:
+        default = "" if key.default is None else f", default {_scalar(key.default)}"
+        print(f"{key.name}  ({key.expected}{default})\n    {key.doc}")

@@ -1,0 +1,53 @@
+"""Would this recipe run? Every rule that Megatron asserts after the processes are up, asked before, all faults at once."""
+
+from __future__ import annotations
+
+from launcher.errors import raise_all
+from launcher.recipe import check_data, check_layout, check_model, check_schedule
+from launcher.recipe.load import Loaded
+from launcher.recipe.problem import Case, Check, Problem
+from launcher.recipe.schema import Recipe
+
+CHECKS: dict[str, tuple[Check, ...]] = {
+    "pretrain": (
+        check_model.required,
+        check_model.ranges,
+        check_model.shapes,
+        check_model.precision,
+        check_layout.world,
+        check_layout.batch,
+        check_layout.tensor_parallel,
+        check_layout.pipeline,
+        check_layout.interleaving,
+        check_layout.recompute,
+        check_layout.data_parallel,
+        check_layout.machines,
+        check_schedule.length,
+        check_schedule.units,
+        check_schedule.learning_rate,
+        check_schedule.weight_decay,
+        check_schedule.rampup,
+        check_data.tokenizer,
+        check_data.data,
+    ),
+    "preprocess": (check_model.ranges, check_data.tokenizer, check_data.preprocess_input),
+    "generate": (check_model.generation_ranges,),
+}
+
+
+def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain") -> list[Problem]:
+    """Everything that is wrong or odd with a resolved recipe for `verb` (a key of CHECKS), errors first."""
+    case = Case(recipe, sources)
+    problems = [problem for one in CHECKS[verb] for problem in one(case)]
+    return sorted(problems, key=lambda problem: problem.severity)
+
+
+def ensure(loaded: Loaded, verb: str = "pretrain") -> list[Problem]:
+    """The warnings of a recipe without errors.
+
+    Raises:
+        UserError: the recipe has errors; all of them are in it.
+    """
+    problems = check(loaded.recipe, loaded.sources, verb)
+    raise_all([problem.as_error() for problem in problems if problem.severity == "error"])
+    return problems

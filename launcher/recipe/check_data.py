@@ -1,0 +1,213 @@
+"""Checks of files: the tokenizer's, the data's, and whether every share of a split holds something.
+
+The last matters most: where a share has no token, megatron-core 0.16 loops for ever while it counts epochs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.recipe.problem import Case, Problem
+
+SETS = ("train", "valid", "test")
+
+
+class BlendError(ValueError):
+    """A data_path that is neither a prefix nor a blend."""
+
+
+def tokenizer(case: Case) -> Iterator[Problem]:
+    """Its files are there and make a tokenizer; a vocab_size that was given is theirs."""
+    from data_tools.tokenizers import TokenizerError
+
+    t = case.recipe.tokenizer
+    try:
+        built = _build_tokenizer(case)
+    except TokenizerError as error:
+        where = error.where if error.where not in case.sources else case.at(error.where)
+        yield Problem(error.what, where, error.fix)
+        return
+    if t.type != "NullTokenizer" and case.given("tokenizer.vocab_size") and t.vocab_size != built.vocab_size:
+        yield Problem(f"the tokenizer's files hold {built.vocab_size} ids, not {t.vocab_size}", case.at("tokenizer.vocab_size"), "tokenizer.vocab_size=null")
+
+
+def _build_tokenizer(case: Case):
+    from data_tools.tokenizers import build_tokenizer
+
+    settings = dict(vars(case.recipe.tokenizer))
+    return build_tokenizer(settings.pop("type"), **settings)
+
+
+def preprocess_input(case: Case) -> Iterator[Problem]:
+    """The text to tokenize and a place for the result."""
+    p = case.recipe.preprocess
+    for key in ("preprocess.input", "preprocess.output_prefix"):
+        if not case.value(key):
+            yield Problem(f"{key} is not given", "no recipe and no option gives it", f"--{key.split('.')[1].replace('_', '-')} PATH")
+    if p.input and not Path(p.input).is_file():
+        yield Problem(f"no such file: {p.input}", case.at("preprocess.input"), 'a JSONL file: {"text": "..."} on each line; --input FILE')
+    if not p.json_keys:
+        yield Problem("no key of the JSON objects is named", case.at("preprocess.json_keys"), "preprocess.json_keys=[text]")
+
+
+def parse_blend(value: Any) -> tuple[list[str], list[float] | None]:
+    """A data_path as prefixes and weights, read as Megatron-LM reads its --data-path words.
+
+    A prefix, or a list of prefixes (no weights: by their sizes), or weight, prefix, weight, prefix, …
+
+    Raises:
+        BlendError: it is none of these.
+    """
+    words = value if isinstance(value, (list, tuple)) else [value]
+    if not words or any(isinstance(word, (dict, list, tuple, bool)) or word is None for word in words):
+        raise BlendError("it is neither a prefix nor a list of weights and prefixes")
+    numbers = [_number(word) for word in words]
+    if all(number is None for number in numbers) or len(words) == 1:
+        return [str(word) for word in words], None
+    weights, prefixes = numbers[::2], [str(word) for word in words[1::2]]
+    if len(words) % 2 or any(weight is None for weight in weights):
+        raise BlendError("a blend is weight, prefix, weight, prefix, …")
+    if any(not weight >= 0 or math.isinf(weight) for weight in weights) or sum(weights) == 0:
+        raise BlendError("the weights of a blend are 0 or more, and not all 0")
+    return prefixes, weights
+
+
+def _number(word: Any) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def parse_split(split: str) -> list[tuple[float, float] | None]:
+    """A split such as '969,30,1' as the shares (begin, end) of train, validation and test; None where one has no share.
+
+    The arithmetic is megatron-core's to the last bit, because rounding decides which documents a share gets.
+
+    Raises:
+        ValueError: it is not made of one to three numbers that add up to something.
+    """
+    shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
+    if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
+        raise ValueError(f"{split!r} is not up to three shares")
+    ends = [0.0]
+    for share in shares + [0.0] * (3 - len(shares)):
+        ends.append(ends[-1] + share / sum(shares))
+    return [(begin, end) if end > begin else None for begin, end in zip(ends, ends[1:])]
+
+
+def data(case: Case) -> Iterator[Problem]:
+    """The data sets are there, were made with this tokenizer, and give every share of the split something to read."""
+    d = case.recipe.data
+    own = [f"data.{name}_data_path" for name in SETS if case.value(f"data.{name}_data_path") is not None]
+    if d.data_path is None and "data.train_data_path" not in own:
+        yield Problem("no training data is given", "data", "data.data_path=PREFIX, the path of a .bin/.idx pair without suffix")
+        return
+    if d.data_path is not None and own:
+        yield Problem("data_path with a split, or a path for each set, but not both", case.at("data.data_path", *own), f"{own[0]}=null, or data.data_path=null")
+        return
+    if own and case.given("data.split"):
+        yield Problem("sets with paths of their own are not split", case.at("data.split", *own), "data.split=null")
+    shares: list[tuple[float, float] | None] = [(0.0, 1.0)]
+    if not own:
+        try:
+            shares = parse_split(d.split)
+        except ValueError as error:
+            yield Problem(str(error), case.at("data.split"), "such as data.split=969,30,1: train, validation, test")
+            return
+        if shares[0] is None:
+            yield Problem("the split leaves nothing to train on", case.at("data.split"), "such as data.split=969,30,1")
+    for key in own or ["data.data_path"]:
+        try:
+            prefixes, _ = parse_blend(case.value(key))
+        except BlendError as error:
+            yield Problem(str(error), case.at(key), f"{key}=a_text_document, or {key}=[0.7,a_text_document,0.3,b_text_document]")
+            continue
+        for prefix in dict.fromkeys(prefixes):
+            yield from _one_data_set(case, key, prefix, shares)
+
+
+def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, float] | None]) -> Iterator[Problem]:
+    from data_tools.errors import DataError
+    from data_tools.indexed import IndexedReader
+
+    missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+    if missing:
+        yield Problem(f"no such file: {' and '.join(missing)}", case.at(key), _fix_missing(case, key, prefix))
+        return
+    try:
+        reader = IndexedReader(prefix)
+    except DataError as error:
+        yield Problem(error.what, error.where, error.fix)
+        return
+    yield from _made_with(case, key, prefix, reader.description)
+    empty = [i for i, share in enumerate(shares) if share and not _holds_tokens(reader, share)]
+    if empty:
+        names = " and ".join(SETS[i] for i in empty)
+        what = f"{prefix} has {reader.sequences} documents, and the share of {names} comes to no token"
+        whole = len(shares) == 1 or not reader.tokens
+        fix = "a data set with text in it" if whole else f"data.split={_nearest_split(reader, case.recipe.data.split)}, or more documents"
+        yield Problem(what, case.at(key if whole else "data.split"), fix)
+
+
+def _holds_tokens(reader: Any, share: tuple[float, float]) -> bool:
+    begin, end = (int(round(edge * float(reader.sequences))) for edge in share)
+    return bool(reader.lengths[begin:end].any())
+
+
+def _nearest_split(reader: Any, split: str) -> str:
+    """The split with the empty shares given to the training; whole numbers stay whole."""
+    numbers = [float(number) for number in re.findall(r"[.0-9]+", split)] + [0.0] * 2
+    train, valid, test = numbers[:3]
+    total = train + valid + test
+    for candidate in ((train + test, valid, 0.0), (train + valid, 0.0, test), (0.9 * total, 0.1 * total, 0.0)):
+        text = ",".join(f"{number:g}" for number in candidate)
+        if all(share is None or _holds_tokens(reader, share) for share in parse_split(text)):
+            return text
+    return "1,0,0 training.eval_iters=0"
+
+
+def _made_with(case: Case, key: str, prefix: str, description: dict[str, Any] | None) -> Iterator[Problem]:
+    """Whether the data were made with this recipe's tokenizer, where that was noted beside them."""
+    from data_tools.tokenizers import TokenizerError
+
+    made = (description or {}).get("tokenizer")
+    try:
+        mine = _build_tokenizer(case)
+    except TokenizerError:
+        return  # reported by `tokenizer`
+    if made and made.get("sha256") != mine.hash():
+        yield Problem(
+            f"{prefix} was made with another tokenizer: {made.get('type')} of {made.get('vocab_size')} ids, not {mine.type} of {mine.vocab_size}",
+            case.at(key, "tokenizer.type"),
+            f"take the tokenizer's files of then, or make the data again: {preprocess_command(case, prefix)}",
+        )
+
+
+def _fix_missing(case: Case, key: str, prefix: str) -> str:
+    bare = re.sub(r"\.(bin|idx)$", "", prefix)
+    if bare != prefix:
+        return f"leave out the suffix: {key}={bare}"
+    for suffix in ("_text_document", "_text_sentence"):
+        if Path(f"{prefix}{suffix}.idx").is_file():
+            return f"{key}={prefix}{suffix}"
+    if len(prefix.split()) > 1:
+        return f"a blend is a list: '{key}=[{','.join(prefix.split())}]'"
+    return f"make it: {preprocess_command(case, prefix)}"
+
+
+def preprocess_command(case: Case, prefix: str) -> str:
+    """The `yuan preprocess` line that makes the data set `prefix` with this recipe's tokenizer."""
+    p, t = case.recipe.preprocess, case.recipe.tokenizer
+    output = re.sub(r"_[^_/]+_document$", "", prefix)
+    words = ["yuan", "preprocess", "--input", p.input or "FILE.jsonl", "--output-prefix", output, "--tokenizer-type", t.type]
+    for flag, value in (("--vocab-file", t.vocab_file), ("--merge-file", t.merge_file), ("--tokenizer-model", t.tokenizer_model)):
+        words += [flag, value] if value else []
+    if t.type == "NullTokenizer" and t.vocab_size:
+        words += ["--vocab-size", str(t.vocab_size)]
+    return shlex.join(words) + (" --append-eod" if p.append_eod else "")

@@ -1,0 +1,123 @@
+"""Checks of single values, of the model's shape and of the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.recipe.problem import Case, Problem, nearest
+
+REQUIRED = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "training.seq_length",
+    "training.micro_batch_size",
+    "optimizer.lr",
+)
+
+AT_LEAST = {  # lowest value allowed; None values are passed over
+    1: """model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.num_query_groups
+        model.kv_channels model.max_position_embeddings model.rotary_base model.make_vocab_size_divisible_by
+        parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
+        parallel.num_layers_per_virtual_pipeline_stage parallel.decoder_first_pipeline_num_layers
+        parallel.decoder_last_pipeline_num_layers parallel.recompute_num_layers parallel.distributed_timeout_minutes
+        training.seq_length training.micro_batch_size training.global_batch_size training.train_iters
+        training.train_samples training.train_tokens training.loss_scale_window training.hysteresis
+        training.eval_interval training.exit_duration_in_mins training.exit_interval
+        optimizer.lr_decay_iters optimizer.lr_decay_samples optimizer.lr_decay_tokens
+        preprocess.workers tokenizer.vocab_size checkpoint.save_interval checkpoint.keep_last logging.log_interval
+        launch.nproc_per_node launch.nnodes launch.cpu_threads""",
+    0: """model.init_method_std model.attention_dropout model.hidden_dropout training.seed training.eval_iters
+        optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
+        optimizer.lr_warmup_fraction optimizer.lr_warmup_init optimizer.lr_wsd_decay_iters
+        optimizer.lr_wsd_decay_samples optimizer.lr_wsd_decay_tokens optimizer.weight_decay optimizer.clip_grad
+        optimizer.adam_beta1 optimizer.adam_beta2 optimizer.sgd_momentum data.num_workers launch.node_rank
+        launch.max_restarts""",
+}
+ABOVE_ZERO = """model.norm_epsilon model.rotary_percent optimizer.lr optimizer.adam_eps training.loss_scale
+    training.initial_loss_scale training.min_loss_scale"""
+BELOW_ONE = """model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2
+    optimizer.sgd_momentum optimizer.lr_warmup_fraction"""
+
+
+def required(case: Case) -> Iterator[Problem]:
+    """Values that nothing can be derived from."""
+    for key in REQUIRED:
+        if case.value(key) is None:
+            yield Problem(f"{key} is not given", "no recipe and no word of the command line gives it", f"add {key}=… , or take a recipe that has it")
+
+
+def ranges(case: Case) -> Iterator[Problem]:
+    """Each number by itself."""
+    for low, keys in AT_LEAST.items():
+        for key in keys.split():
+            yield from _compare(case, key, lambda value: value >= low, f"at least {low}")
+    for key in ABOVE_ZERO.split():
+        yield from _compare(case, key, lambda value: value > 0, "above 0")
+    for key in BELOW_ONE.split():
+        yield from _compare(case, key, lambda value: value < 1, "below 1")
+    yield from _compare(case, "model.rotary_percent", lambda value: value <= 1, "at most 1")
+
+
+def generation_ranges(case: Case) -> Iterator[Problem]:
+    """The numbers of `generate`."""
+    for key in ("generate.max_new_tokens", "generate.batch_size"):
+        yield from _compare(case, key, lambda value: value >= 1, "at least 1")
+    for key in ("generate.temperature", "generate.top_k", "generate.top_p", "generate.seed"):
+        yield from _compare(case, key, lambda value: value >= 0, "at least 0")
+    yield from _compare(case, "generate.top_p", lambda value: value <= 1, "at most 1")
+    yield from _compare(case, "generate.repetition_penalty", lambda value: value > 0, "above 0")
+
+
+def _compare(case: Case, key: str, holds, rule: str) -> Iterator[Problem]:
+    value = case.value(key)
+    if value is not None and not holds(value):  # NaN holds nothing, and so is refused
+        yield Problem(f"{key} must be {rule}, not {value}", case.at(key), f"give a value {rule}")
+
+
+def shapes(case: Case) -> Iterator[Problem]:
+    """Sizes of the model that must fit each other."""
+    m, t = case.recipe.model, case.recipe.training
+    hidden, heads, groups = m.hidden_size or 0, m.num_attention_heads or 0, m.num_query_groups or 0
+    if hidden > 0 and heads > 0 and m.kv_channels is None:
+        yield Problem(
+            f"hidden_size {hidden} cannot be shared out over {heads} heads",
+            case.at("model.hidden_size", "model.num_attention_heads"),
+            f"model.hidden_size={nearest(hidden, heads)}, or another number of heads, or model.kv_channels",
+        )
+    if heads > 0 and groups > 0 and heads % groups:
+        yield Problem(
+            f"{heads} heads cannot be shared out over {groups} query groups",
+            case.at("model.num_attention_heads", "model.num_query_groups"),
+            f"model.num_query_groups must divide {heads}",
+        )
+    if t.seq_length and m.max_position_embeddings and t.seq_length > m.max_position_embeddings:
+        yield Problem(
+            f"seq_length {t.seq_length} is longer than the model's {m.max_position_embeddings} positions",
+            case.at("training.seq_length", "model.max_position_embeddings"),
+            f"training.seq_length={m.max_position_embeddings}, or model.max_position_embeddings={t.seq_length}",
+        )
+    if m.position_embedding_type == "rope" and m.kv_channels and int(m.kv_channels * m.rotary_percent) % 2:
+        yield Problem(
+            f"RoPE turns pairs, and {int(m.kv_channels * m.rotary_percent)} channels of a head are no pairs",
+            case.at("model.kv_channels", "model.rotary_percent"),
+            f"model.kv_channels={nearest(m.kv_channels, 2)}, or another model.rotary_percent",
+        )
+
+
+def precision(case: Case) -> Iterator[Problem]:
+    """Loss scaling belongs to fp16; a CPU computes fp16 slowly."""
+    t = case.recipe.training
+    if t.precision == "fp16":
+        if t.min_loss_scale > t.initial_loss_scale:
+            yield Problem(
+                "the loss scale starts below its floor",
+                case.at("training.initial_loss_scale", "training.min_loss_scale"),
+                f"training.min_loss_scale={t.initial_loss_scale}",
+            )
+        if case.recipe.derived.device == "cpu":
+            yield Problem("fp16 on a CPU is slow", case.at("training.precision"), "training.precision=fp32 or bf16", "warning")
+        return
+    for key in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+        if case.given(f"training.{key}"):
+            yield Problem(f"training.{key} does nothing in {t.precision}", case.at(f"training.{key}"), "training.precision=fp16, or leave it out", "warning")

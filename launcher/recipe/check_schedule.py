@@ -1,0 +1,149 @@
+"""Checks of how long a training is and how learning rate, weight decay and batch size run over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.recipe.problem import Case, Problem, nearest
+
+LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
+WARMUPS = ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples", "optimizer.lr_warmup_tokens", "optimizer.lr_warmup_fraction")
+
+
+def _by_iters(case: Case) -> bool:
+    return case.recipe.training.train_iters is not None
+
+
+def length(case: Case) -> Iterator[Problem]:
+    """Exactly one of train_iters, train_samples, train_tokens, of at least one step."""
+    given = [key for key in LENGTHS if case.value(key) is not None]
+    if not given:
+        yield Problem("nothing says how long to train", "training", "give one of " + ", ".join(LENGTHS))
+    elif len(given) > 1:
+        yield Problem("the length of the training is given twice", case.at(*given), f"keep one, such as {given[0]}, and set the others to null")
+    elif case.recipe.derived.train_iters == 0 and case.value(given[0]) > 0:
+        t = case.recipe.training
+        least = t.global_batch_size * (t.seq_length if given[0].endswith("tokens") else 1)
+        yield Problem(f"{given[0]} {case.value(given[0])} is less than one step", case.at(given[0], "training.global_batch_size"), f"{given[0]}={least} or more")
+
+
+def units(case: Case) -> Iterator[Problem]:
+    """A training counted in steps has its schedule in steps, one counted in samples in samples; nothing twice."""
+    if all(case.value(key) is None for key in LENGTHS):
+        return
+    wrong, right = ("samples", "iters") if _by_iters(case) else ("iters", "samples")
+    batch = case.recipe.training.global_batch_size or 1
+    for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        keys = [f"optimizer.{name}_{unit}" for unit in ("iters", "samples", "tokens")]
+        given = [key for key in keys if case.given(key) and case.value(key)]
+        if len(given) > 1:
+            yield Problem(f"{name} is given twice", case.at(*given), "keep one of them")
+        elif f"optimizer.{name}_{wrong}" in given:
+            value = case.value(given[0])
+            other = value * batch if right == "samples" else -(-value // batch)
+            counted = "steps" if right == "iters" else "samples or tokens"
+            yield Problem(
+                f"a training counted in {counted} cannot have optimizer.{name}_{wrong}",
+                case.at(given[0]),
+                f"optimizer.{name}_{right}={other} instead",
+            )
+    warmups = [key for key in WARMUPS if case.given(key) and case.value(key)]
+    if WARMUPS[3] in warmups and len(warmups) > 1:
+        yield Problem("the warm-up is given twice", case.at(*warmups), f"keep one, such as {warmups[0]}")
+
+
+def _in_samples(case: Case, name: str) -> int | None:
+    """The length of a part of the schedule in samples, as Megatron counts it."""
+    o, batch = case.recipe.optimizer, case.recipe.training.global_batch_size
+    iters, samples = getattr(o, f"{name}_iters"), getattr(o, f"{name}_samples")
+    if _by_iters(case):
+        return iters * batch if iters is not None and batch else None
+    return samples
+
+
+def learning_rate(case: Case) -> Iterator[Problem]:
+    """Floor, peak and start in order; a warm-up shorter than the decay; WSD's last phase; and what will never be reached."""
+    o, batch = case.recipe.optimizer, case.recipe.training.global_batch_size
+    if o.lr is not None:
+        for key in ("optimizer.min_lr", "optimizer.lr_warmup_init"):
+            if case.value(key) > o.lr:
+                yield Problem(f"{key} is above the peak", case.at(key, "optimizer.lr"), f"{key}={o.lr} or less")
+    decay, warmup = _in_samples(case, "lr_decay"), _in_samples(case, "lr_warmup") or 0
+    if not decay or not batch:
+        return
+    if o.lr_warmup_fraction is not None:
+        warmup = o.lr_warmup_fraction * decay
+    unit, per = ("iters", batch) if _by_iters(case) else ("samples", 1)
+    if warmup >= decay:
+        key = f"optimizer.lr_warmup_{unit}"
+        yield Problem(
+            f"a warm-up of {warmup / per:g} {unit} must be shorter than the decay of {decay / per:g} {unit}",
+            case.at(key, f"optimizer.lr_decay_{unit}"),
+            f"{key}={decay // per - 1} or less, or a longer training",
+        )
+    wsd = _in_samples(case, "lr_wsd_decay")
+    if o.lr_decay_style == "WSD" and not wsd:
+        yield Problem("WSD needs the length of its last phase", case.at("optimizer.lr_decay_style"), f"optimizer.lr_wsd_decay_{unit}={max(1, decay // per // 10)}, for a tenth")
+    elif o.lr_decay_style == "WSD" and wsd > decay - warmup:
+        yield Problem("WSD's last phase begins within the warm-up", case.at(f"optimizer.lr_wsd_decay_{unit}"), f"optimizer.lr_wsd_decay_{unit}={int((decay - warmup) // per)} or less")
+    yield from _unreached(case, warmup / batch, decay / batch)
+
+
+def _unreached(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
+    """Lengths in steps. A training that ends within its warm-up or decay is allowed, and often a mistake."""
+    steps, style = case.recipe.derived.train_iters, case.recipe.optimizer.lr_decay_style
+    unit = "iters" if _by_iters(case) else "samples"
+    if not steps:
+        return
+    if steps < warmup:
+        what = f"the training ends after {steps} of {warmup:g} warm-up steps: the learning rate never reaches its peak"
+    elif steps < decay and style not in ("constant", "inverse-square-root"):
+        what = f"the training ends after {steps} of {decay:g} steps of decay: the learning rate never falls to min_lr"
+    else:
+        return
+    key = f"optimizer.lr_decay_{unit}"
+    yield Problem(what, case.at(key), f"{key}=null makes the decay as long as the training", "warning")
+
+
+def weight_decay(case: Case) -> Iterator[Problem]:
+    """A constant weight decay has no first and last value; a growing one has both."""
+    o = case.recipe.optimizer
+    ends = ("optimizer.start_weight_decay", "optimizer.end_weight_decay")
+    if o.weight_decay_incr_style == "constant":
+        for key in ends:
+            if case.value(key) is not None:
+                yield Problem(f"a constant weight decay has no {key}", case.at(key, "optimizer.weight_decay_incr_style"), f"{key}=null, or optimizer.weight_decay_incr_style=linear")
+        return
+    missing = [key for key in ends if case.value(key) is None]
+    for key in missing:
+        yield Problem(f"a weight decay that grows needs {key}", case.at("optimizer.weight_decay_incr_style"), f"add {key}=…")
+    if not missing and not 0 <= o.start_weight_decay <= o.end_weight_decay:
+        yield Problem("a weight decay grows from 0 or more upward", case.at(*ends), "start at most as high as the end")
+
+
+def rampup(case: Case) -> Iterator[Problem]:
+    """[start, increment, samples]: whole steps of batch size, each made of whole micro batches; by samples only."""
+    t, key = case.recipe.training, "training.rampup_batch_size"
+    if t.rampup_batch_size is None:
+        return
+    if _by_iters(case):
+        total = t.train_iters * (t.global_batch_size or 1)
+        yield Problem("a batch that grows needs a training counted in samples", case.at(key, "training.train_iters"), f"training.train_samples={total}, and training.train_iters=null")
+    if len(t.rampup_batch_size) != 3 or any(number < 1 for number in t.rampup_batch_size):
+        yield Problem(f"{key} is [start, increment, samples], all above 0", case.at(key), f"such as {key}=[16,16,100000]")
+        return
+    start, increment, _ = t.rampup_batch_size
+    total = t.global_batch_size or 0
+    if total <= start:
+        yield Problem(f"the batch cannot grow from {start} to {total}", case.at(key, "training.global_batch_size"), f"a start below {total}, or {key}=null")
+    elif (total - start) % increment:
+        fits = " or ".join(str(start + int(n)) for n in nearest(total - start, increment).split(" or "))
+        yield Problem(f"steps of {increment} do not lead from {start} to {total}", case.at(key, "training.global_batch_size"), f"training.global_batch_size={fits}")
+    at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
+    for name, number in (("start", start), ("increment", increment)):
+        if at_once > 0 and number % at_once:
+            yield Problem(
+                f"the ramp's {name} {number} is no multiple of micro_batch_size x data-parallel size = {at_once}",
+                case.at(key, "training.micro_batch_size"),
+                f"{name} {nearest(number, at_once)}",
+            )

@@ -1,0 +1,70 @@
+"""What a check says, and the view of a recipe that the checks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from launcher.errors import UserError
+from launcher.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong (`error`: it must not start) or odd (`warning`: it may) with a recipe."""
+
+    what: str
+    where: str
+    fix: str
+    severity: Literal["error", "warning"] = "error"
+
+    def as_error(self) -> UserError:
+        """The same, to be raised."""
+        return UserError(self.what, self.where, self.fix)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A resolved recipe with the sources of its values."""
+
+    recipe: Recipe
+    sources: dict[str, str]
+
+    def value(self, key: str) -> Any:
+        """The value of a dotted key."""
+        group, leaf = key.split(".")
+        return getattr(getattr(self.recipe, group), leaf)
+
+    def given(self, key: str) -> bool:
+        """Whether someone asked for this value: it is neither a default nor derived."""
+        return self.sources.get(key) not in (None, "default", "derived") and self.value(key) is not None
+
+    def at(self, *keys: str) -> str:
+        """The keys with their values and sources: `training.seq_length=1024 (recipes/345m.yaml)`."""
+        return ", ".join(f"{key}={self._shown(key)} ({self.sources.get(key, 'default')})" for key in keys)
+
+    def _shown(self, key: str) -> str:
+        value = self.value(key)
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+Check = Callable[[Case], Iterator[Problem]]
+
+
+def nearest(value: int, divisor: int) -> str:
+    """The multiples of `divisor` beside `value`: `28 or 32`."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return str(above) if below <= 0 or below == above else f"{below} or {above}"
+
+
+def divisors(value: int) -> list[int]:
+    """The divisors of a positive number, ascending."""
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+def nearest_divisors(value: int, wanted: int) -> str:
+    """The divisors of `value` beside `wanted`: `2 or 4`."""
+    below = [d for d in divisors(value) if d < wanted]
+    above = [d for d in divisors(value) if d > wanted]
+    return " or ".join(str(d) for d in below[-1:] + above[:1])
