@@ -86,18 +86,32 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
     import sentencepiece
 
     model = io.BytesIO()
+    sentences = _Sentences(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts), model_writer=model, vocab_size=vocab_size, model_type=model_type, **_TRAINER
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type=model_type, **_TRAINER
         )
     except RuntimeError as error:
+        if sentences.failure:
+            raise sentences.failure from None
         # The library's text is "INTERNAL: file.cc(line) [condition] message".
         raise TokenizerError(f"cannot train: {str(error).rpartition('] ')[2]}", fix="another --vocab-size, or more text") from error
     return model.getvalue()
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in _CUT.split(text):
-            for start in range(0, len(line), _LONGEST):
-                yield line[start : start + _LONGEST]
+class _Sentences:
+    """Texts cut to what the trainer takes. The library turns a fault of its iterator into text; `failure` keeps it."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._texts = texts
+        self.failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                for line in _CUT.split(text):
+                    for start in range(0, len(line), _LONGEST):
+                        yield line[start : start + _LONGEST]
+        except (Exception, KeyboardInterrupt) as failure:
+            self.failure = failure
+            raise

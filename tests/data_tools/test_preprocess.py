@@ -1,0 +1,223 @@
+"""JSONL to .bin/.idx: Megatron-LM's own bytes, hard texts, hard lines, and endings that leave nothing half-made."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from data_tools.errors import DataError, InputError
+from data_tools.indexed import IndexedReader
+from data_tools.preprocess import preprocess
+from data_tools.tokenizers import build_tokenizer
+from tests.data_tools.samples import HARD_TEXTS, ROOT, SHARED, needs_shared, small_gpt2, write_jsonl
+
+NULL = build_tokenizer("NullTokenizer", vocab_size=100)
+
+
+def documents(prefix) -> list[list[list[int]]]:
+    """Documents of a pair, each a list of its sequences."""
+    reader = IndexedReader(prefix)
+    edges = reader.boundaries.tolist()
+    return [[reader.get(i).tolist() for i in range(start, end)] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+@needs_shared
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bytes_are_megatron_lms(tmp_path, workers):
+    pieces = [piece for piece in (SHARED / "data" / "tinyshakespeare.txt").read_text(encoding="utf-8").split("\n\n") if piece]
+    texts = ["\n\n".join(pieces[i : i + 40]) for i in range(0, len(pieces), 40)]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    files = {"vocab_file": SHARED / "data" / "gpt2-vocab.json", "merge_file": SHARED / "data" / "gpt2-merges.txt"}
+    counts = preprocess(source, tmp_path / "out", build_tokenizer("GPT2BPETokenizer", **files), append_eod=True, workers=workers)
+
+    digests = {suffix: hashlib.sha256((tmp_path / f"out_text_document.{suffix}").read_bytes()).hexdigest() for suffix in ("bin", "idx")}
+    assert digests["bin"] == "8757a1c49dab6780829bce76729b8eec3653811ad7add0b92b14a3c300d362ae"
+    assert digests["idx"] == "e1977d8cce03d4f8f6f2c95088b39d2528164ac2ad51f595c1b04295ed6ab65f"
+    assert (counts["text"].documents, counts["text"].tokens, counts["text"].bytes) == (181, 675692 // 2, source.stat().st_size)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_hard_texts_come_back_in_order(tmp_path, monkeypatch, gpt2, workers):
+    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 40)  # nearly every line is a task of its own
+    texts = [f"{i} {text}" for i, text in enumerate(HARD_TEXTS * 5)]
+    counts = preprocess(write_jsonl(tmp_path / "in", [{"text": t} for t in texts]), tmp_path / "out", gpt2, append_eod=True, workers=workers)
+    sequences = [sequence for (sequence,) in documents(tmp_path / "out_text_document")]
+    assert all(sequence[-1] == gpt2.eod for sequence in sequences)
+    assert [gpt2.decode(sequence[:-1]) for sequence in sequences] == texts
+    assert counts["text"].documents == len(texts) and counts["text"].largest_id == gpt2.eod
+
+
+def test_several_keys_sentences_and_empty_texts(tmp_path):
+    lines = [
+        {"text": "1 2", "title": "9"},
+        {"text": "", "title": ["3", "", "4 5"]},  # an empty document; an empty sentence is no sequence
+        {"text": ["", ""], "title": ""},
+        {"text": "6", "title": [], "other": None},
+    ]
+    preprocess(write_jsonl(tmp_path / "in", lines), tmp_path / "out", NULL, json_keys=["text", "title"], append_eod=True)
+    assert documents(tmp_path / "out_text_document") == [[[1, 2, 100]], [], [], [[6, 100]]]
+    assert documents(tmp_path / "out_title_document") == [[[9, 100]], [[3], [4, 5, 100]], [], []]
+    preprocess(tmp_path / "in", tmp_path / "plain", NULL)
+    assert documents(tmp_path / "plain_text_document") == [[[1, 2]], [], [], [[6]]]
+
+
+def test_line_endings_and_byte_order_mark(tmp_path):
+    (tmp_path / "in").write_bytes(b'\xef\xbb\xbf{"text": "1"}\r\n{"text": "2"}\n {"text":\t"3"} ')  # no newline at the end
+    preprocess(tmp_path / "in", tmp_path / "out", NULL)
+    assert documents(tmp_path / "out_text_document") == [[[1]], [[2]], [[3]]]
+
+
+def test_escapes_and_separators_inside_a_line(tmp_path, gpt2):
+    (tmp_path / "in").write_text('{"text": "\\ud83d\\ude00 \\u0000 a\\nb \u2028 \u0085"}\n', encoding="utf-8")
+    preprocess(tmp_path / "in", tmp_path / "out", gpt2)
+    assert [gpt2.decode(s) for (s,) in documents(tmp_path / "out_text_document")] == ["😀 \x00 a\nb \u2028 \x85"]
+
+
+def test_description_names_the_tokenizer(tmp_path):
+    preprocess(write_jsonl(tmp_path / "in", [{"text": "1 7"}]), tmp_path / "out", NULL, append_eod=True)
+    assert IndexedReader(tmp_path / "out_text_document").description == {
+        "documents": 1,
+        "tokens": 3,
+        "largest_id": 100,
+        "append_eod": True,
+        "tokenizer": {"type": "NullTokenizer", "sha256": NULL.hash(), "vocab_size": 101, "eod": 100},
+    }
+
+
+BAD_LINES = [
+    (b'{"text": "1"', "not JSON"),
+    (b"plain text", "not JSON (Expecting value: line 1 column 1 (char 0)): plain text"),
+    (b'{"text": "' + b"x" * 100, "x" * 70 + " ..."),
+    (b"", "a blank line"),
+    (b"  \t", "a blank line"),
+    (b'{"title": "1"}', "no key 'text'"),
+    (b'["text"]', "not a JSON object"),
+    (b'{"text": 5}', "'text' is not text but 5"),
+    (b'{"text": null}', "'text' is not text but null"),
+    (b'{"text": ["1", {}]}', "'text' is not text but {}"),
+    (b'{"text": "\xff"}', "not UTF-8 at byte 11"),
+    (b'{"text": "caf\xe9"}', "not UTF-8 at byte 14"),
+    (b'{"text": "a\\ud800b"}', "half of a surrogate pair"),
+    (b'{"text": "1 x"}', "not 'x'"),
+    (b'{"text": "101"}', "id 101 is outside the vocabulary"),
+    (b"[" * 100000, "not JSON (nested too deep)"),
+]
+
+
+@pytest.mark.parametrize(("line", "what"), BAD_LINES, ids=[what[:30] for _, what in BAD_LINES])
+def test_a_bad_line_is_refused_with_its_place(tmp_path, monkeypatch, line, what):
+    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 30)
+    (tmp_path / "in").write_bytes(b'{"text": "1"}\n' * 6 + line + b'\n{"text": "2"}\n')
+    with pytest.raises(InputError) as caught:
+        preprocess(tmp_path / "in", tmp_path / "out", NULL)
+    assert what in caught.value.what and caught.value.fix
+    assert caught.value.where == f"{tmp_path / 'in'}:7"
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_first_bad_line_is_named_whatever_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 200)
+    (tmp_path / "in").write_bytes(b'{"text": "1"}\n' * 300 + b"slow down " * 10000 + b"\n" + b"bad\n" * 300)
+    with pytest.raises(InputError) as caught:
+        preprocess(tmp_path / "in", tmp_path / "out", NULL, workers=3)
+    assert caught.value.where == f"{tmp_path / 'in'}:301"
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "no documents"),
+        (b'{"text": ""}\n{"text": []}\n', "2 documents and no text under 'text'"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
+        (b"\xfd7zXZ\x00\x00", "compressed with xz"),
+        (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+    ],
+)
+def test_input_without_text_is_refused(tmp_path, content, what):
+    (tmp_path / "in").write_bytes(content)
+    with pytest.raises(InputError, match=what):
+        preprocess(tmp_path / "in", tmp_path / "out", NULL)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_keys_twice_or_none_are_refused(tmp_path):
+    source = write_jsonl(tmp_path / "in", [{"text": "1"}])
+    for keys in (["text", "text"], []):
+        with pytest.raises(InputError, match="each key once"):
+            preprocess(source, tmp_path / "out", NULL, json_keys=keys)
+
+
+def test_progress_counts_up_to_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 50)
+    source = write_jsonl(tmp_path / "in", [{"text": "1 2 3"}] * 50)
+    seen = []
+    preprocess(source, tmp_path / "out", NULL, progress=lambda counts: seen.append((counts[0].documents, counts[0].bytes, counts[0].tokens)))
+    assert len(seen) > 10 and seen == sorted(seen)
+    assert seen[-1] == (50, source.stat().st_size, 150)
+
+
+def _start(tmp_path) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """`yuan preprocess` amid half a minute of work, its two workers up; an older output lies there."""
+    files = small_gpt2(tmp_path)
+    source = tmp_path / "in.jsonl"
+    with open(source, "w", encoding="utf-8") as file:
+        for i in range(150):
+            file.write(json.dumps({"text": f"{i} the quick brown fox " * 15000}) + "\n")  # 54 MB
+    (tmp_path / "out_text_document.bin").write_bytes(b"old")
+    (tmp_path / "out_text_document.idx").write_bytes(b"old")
+    command = [sys.executable, "-m", "launcher.cli", "preprocess", "--input", source, "--output-prefix", tmp_path / "out", "--workers", "2"]
+    for name, path in files.items():
+        command += ["--" + name.replace("_", "-"), path]
+    log = open(tmp_path / "log", "w")
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    part, deadline = tmp_path / "out_text_document.bin.part", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size):  # the first result was written
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    return process, [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def _gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+@pytest.mark.parametrize(("end", "code"), [("interrupt", 130), ("kill a worker", 2), ("kill the parent", -signal.SIGKILL)])
+def test_an_early_end_leaves_no_process_and_no_new_file(tmp_path, end, code):
+    process, children = _start(tmp_path)
+    assert len(children) == 2
+    if end == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)
+    elif end == "kill a worker":
+        children[0].kill()
+    else:
+        process.kill()
+    assert process.wait(60) == code, (tmp_path / "log").read_text()
+    assert _gone(children)
+    outputs = {path.name: path for path in tmp_path.iterdir() if path.name.startswith("out")}
+    assert outputs["out_text_document.bin"].read_bytes() == outputs["out_text_document.idx"].read_bytes() == b"old"
+    if end != "kill the parent":  # whom nothing can clean up after; its .part files look like what they are
+        assert sorted(outputs) == ["out_text_document.bin", "out_text_document.idx"]
+    if end == "kill a worker":
+        assert "error: a worker process died" in (tmp_path / "log").read_text()
+
+
+def test_dead_worker_is_a_data_error(tmp_path):
+    from data_tools.parallel import ordered_map
+
+    with pytest.raises(DataError, match="a worker process died"):
+        list(ordered_map(os._exit, [3], 2))
+    assert list(ordered_map(str, range(30), 2)) == [str(i) for i in range(30)]
+
+
+def test_importing_is_cheap():
+    """The command line loads these before it knows whether they are needed."""
+    code = "import sys, data_tools.preprocess, data_tools.tokenizers; print([m for m in ('torch', 'sentencepiece', 'tokenizers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
