@@ -48,7 +48,7 @@ def report(found: list[Failure], folder: RunFolder) -> str:
     """The lines a user sees of a run that died: the first cause, the end of that rank's log, then the others."""
     first = found[0]
     log = folder.rank_log(first.exit.rank)
-    lines = [f"the run died, first of {first.line()}", "", f"the last lines of {log}:"]
+    lines = [f"the run died, first of {first.line().splitlines()[0]}", "", f"the last lines of {log}:"]
     lines += [f"    {line}" for line in _tail(folder, first.exit.rank)]
     if found[1:]:
         lines += ["", "then:"] + [f"    {_shorten(failure.line())}" for failure in found[1:]]

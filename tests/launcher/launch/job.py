@@ -12,13 +12,14 @@ from launcher.run.folder import open_run
 
 
 def main(run_dir: str, scenario: str, *settings: str) -> int:
-    processes.GRACE_S = 1.0
+    if scenario == "first_raises_other_hangs":
+        processes.GRACE_S = 1.0
     recipe = Recipe()
     recipe.run.dir, recipe.run.name, recipe.derived.device = run_dir, scenario, "cpu"
     recipe.launch.nproc_per_node, recipe.launch.cpu_threads = 2, 1
     for setting in settings:
         key, value = setting.split("=")
-        setattr(recipe.launch, key, int(value))
+        setattr(recipe.launch, key, int(value) if value.isdigit() else value)
     try:
         folder = open_run(recipe, {}, ["yuan", "pretrain", scenario])
         return launch(recipe, folder, Path(__file__).with_name("worker.py"), "pretrain")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -194,6 +195,23 @@ def test_two_jobs_at_once_meet_among_themselves(tmp_path):
         err = job.communicate(timeout=120)[1]
         assert job.returncode == 0, err
     assert [(tmp_path / name / f"sum_{rank}").read_text() for name in "ab" for rank in (0, 1)] == ["11"] * 4
+
+
+def test_two_machines_meet_at_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = "127.0.0.1:%d" % server.getsockname()[1]
+    machines = [start(tmp_path, "meet", "nproc_per_node=1", "nnodes=2", f"node_rank={n}", f"rdzv_endpoint={endpoint}") for n in (0, 1)]
+    for machine in machines:
+        err = machine.communicate(timeout=120)[1]
+        assert machine.returncode == 0, err
+    assert [(tmp_path / f"sum_{rank}").read_text() for rank in (0, 1)] == ["11", "11"]
+
+
+def test_several_machines_need_a_meeting_point(tmp_path):
+    code, err = run(tmp_path, "meet", "nnodes=2")
+    assert code == 2
+    assert "launch.rdzv_endpoint=HOST_OF_NODE_0:29500" in err
 
 
 def test_a_worker_runs_under_torchrun_itself(tmp_path):

@@ -31,7 +31,8 @@ def success(folder, stop):
 def first_raises(folder, stop):
     if RANK == 1:
         raise RuntimeError("the boom")
-    time.sleep(0.3)
+    while not folder.rank_error(1).exists():
+        time.sleep(0.01)
     raise ConnectionError("lost the peer")
 
 
@@ -81,6 +82,13 @@ def train(folder, stop):
     if RANK == 0:
         folder.checkpoints.mkdir()
         (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("7")
+
+
+def completes(folder, stop):
+    """As a training of two steps that has saved its last."""
+    if RANK == 0:
+        folder.checkpoints.mkdir(exist_ok=True)
+        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
 
 
 def deaf(folder, stop):

@@ -1,0 +1,79 @@
+"""`yuan pretrain`: train a model from random weights, or go on with a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import launcher.workers
+from launcher.launch.torchrun import launch
+from launcher.recipe import load
+from launcher.recipe.check import ensure
+from launcher.recipe.schema import Recipe
+from launcher.run.folder import RunFolder, open_run
+
+WORKER = Path(launcher.workers.__file__).with_name("pretrain.py")
+
+
+def pretrain(
+    words: Annotated[Optional[list[str]], typer.Argument(metavar="recipe=NAME [KEY=VALUE]...", help="A recipe, and values that override its own.")] = None,  # noqa: UP007
+    accept_changes: Annotated[bool, typer.Option("--accept-changes", help="Go on with a run whose recipe was another.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, start nothing.")] = False,
+) -> None:
+    """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run."""
+    loaded = load(words or [])
+    for warning in ensure(loaded, "pretrain"):
+        typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
+    typer.echo(plan(loaded.recipe), err=True)
+    if dry_run:
+        return
+    folder = open_run(loaded.recipe, loaded.sources, ["yuan", *sys.argv[1:]], accept_changes)
+    _say_what_is_there(folder)
+    code = launch(loaded.recipe, folder, WORKER, "pretrain")
+    if code == 0 and _complete(folder, loaded.recipe):
+        typer.echo(f"next       {_next_command(folder)}", err=True)
+    raise typer.Exit(code)
+
+
+def plan(recipe: Recipe) -> str:
+    """What is about to be trained, in five lines."""
+    model, parallel, training, derived = recipe.model, recipe.parallel, recipe.training, recipe.derived
+    layout = f"{derived.world_size} x {derived.device}: TP {parallel.tensor_model_parallel_size}"
+    layout += f", PP {parallel.pipeline_model_parallel_size}, DP {derived.data_parallel_size}"
+    steps = f"{derived.train_iters:,} steps, " if derived.train_iters else ""
+    batch = f"{training.global_batch_size} samples of {training.seq_length} tokens"
+    batch += f" ({derived.num_microbatches} micro-batches of {training.micro_batch_size} per rank)"
+    return "\n".join(
+        [
+            f"run        {recipe.run.dir}",
+            f"model      {model.family}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, vocabulary {derived.vocab_size}",
+            f"processes  {layout}, {training.precision}",
+            f"batch      {batch}",
+            f"training   {steps}{derived.train_samples:,} samples, {derived.train_samples * training.seq_length:,} tokens",
+        ]
+    )
+
+
+def _say_what_is_there(folder: RunFolder) -> None:
+    iteration = folder.latest_iteration()
+    if iteration is not None:
+        typer.echo(f"resuming   from step {iteration}", err=True)
+    for change in folder.changes:
+        typer.echo(f"changed    {change}", err=True)
+
+
+def _complete(folder: RunFolder, recipe: Recipe) -> bool:
+    """Is the newest checkpoint the last one? Unknown (with a batch size ramp) counts as yes."""
+    iteration, last = folder.latest_iteration(), recipe.derived.train_iters
+    return iteration is not None and (last is None or iteration >= last)
+
+
+def _next_command(folder: RunFolder) -> str:
+    command = "yuan generate --input pred_input.jsonl"
+    if Path(os.path.abspath(folder.path)).parent == Path.cwd() / "runs":
+        return command
+    return f"{command} generate.load={folder.path}"
