@@ -162,8 +162,10 @@ class IndexedReader:
         for path in (idx_path(prefix), bin_path(prefix)):
             if not path.is_file():
                 raise IndexedError(f"no such file: {path}", str(prefix), "give the path without .bin or .idx; `yuan preprocess` makes both")
-        index = np.memmap(idx_path(prefix), mode="r", dtype="u1") if idx_path(prefix).stat().st_size >= _HEADER.size else b""
-        magic, version, code, count, boundaries = _HEADER.unpack(bytes(index[: _HEADER.size]) or bytes(_HEADER.size))
+        if idx_path(prefix).stat().st_size < _HEADER.size:
+            raise self._torn("too short for the index of a Megatron dataset")
+        index = np.memmap(idx_path(prefix), mode="r", dtype="u1")
+        magic, version, code, count, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
         if (magic, version) != (_MAGIC, 1) or code not in _DTYPES:
             raise self._torn("not the index of a Megatron dataset")
         self.dtype, self.sequences, self.documents = np.dtype(_DTYPES[code]), count, boundaries - 1

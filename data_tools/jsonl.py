@@ -9,10 +9,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_tools.errors import InputError
 
-_COMPRESSED = {b"\x1f\x8b": ("gzip", "gzip -dk"), b"\xfd7zXZ\x00": ("xz", "xz -dk"), b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"), b"BZh": ("bzip2", "bzip2 -dk")}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gzip -dk"),
+    b"\xfd7zXZ\x00": ("xz", "xz -dk"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
+    b"BZh": ("bzip2", "bzip2 -dk"),
+}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -98,9 +104,9 @@ def _parse_line(text: str, where: str) -> dict[str, object]:
 
 def _sentences(record: dict[str, object], key: str, where: str) -> list[str]:
     if key not in record:
-        has = ", ".join(list(record)[:8]) or "nothing"
-        raise InputError(f"no key {key!r}: {_beginning(json.dumps(record, ensure_ascii=False))}", where, f"name the key with --json-keys; the line has {has}")
-    value = record[key]
+        shown, keys = _beginning(json.dumps(record, ensure_ascii=False)), ", ".join(list(record)[:8]) or "none"
+        raise InputError(f"no key {key!r}: {shown}", where, f"name the key with --json-keys; the line has {keys}")
+    value: Any = record[key]
     sentences = value if isinstance(value, list) else [value]
     for sentence in sentences:
         if not isinstance(sentence, str):

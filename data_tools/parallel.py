@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from data_tools.errors import DataError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _WINDOW = 4  # items per worker under way or waiting for their turn: bounds the memory
 
 

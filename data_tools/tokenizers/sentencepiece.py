@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_tools.errors import TokenizerError
 from data_tools.tokenizers.base import Tokenizer
@@ -16,7 +17,7 @@ from data_tools.tokenizers.base import Tokenizer
 # The trainer skips a sentence with one of its reserved characters (tab, U+2585) and stops a piece at a newline anyway.
 _CUT = re.compile("[\n\t\u2585]")
 _LONGEST = 4096  # characters of one training sentence; longer lines (Chinese has no spaces) only slow the training
-_TRAINER = dict(
+_TRAINER: dict[str, Any] = dict(
     byte_fallback=True,  # a character outside the vocabulary becomes its UTF-8 bytes, not <unk>
     normalization_rule_name="identity",  # with the next two: decode(encode(text)) == text
     add_dummy_prefix=False,

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,9 +39,9 @@ _KEYS_HELP = "Keys of each line to tokenize, one output each: --json-keys text t
 
 def preprocess(
     words: Words = None,
-    input: Annotated[Optional[str], typer.Option("--input", help="JSONL file to tokenize.")] = None,
-    output_prefix: Annotated[Optional[str], typer.Option("--output-prefix", help="The output is PREFIX_KEY_document.bin and .idx.")] = None,
-    json_keys: Annotated[Optional[list[str]], typer.Option("--json-keys", "--key", metavar="KEY...", help=_KEYS_HELP)] = None,
+    input: Annotated[str | None, typer.Option("--input", help="JSONL file to tokenize.")] = None,
+    output_prefix: Annotated[str | None, typer.Option("--output-prefix", help="The output is PREFIX_KEY_document.bin and .idx.")] = None,
+    json_keys: Annotated[list[str] | None, typer.Option("--json-keys", "--key", metavar="KEY...", help=_KEYS_HELP)] = None,
     tokenizer_type: TokenizerType = None,
     vocab_file: VocabFile = None,
     merge_file: MergeFile = None,
@@ -49,12 +49,12 @@ def preprocess(
     vocab_size: VocabSize = None,
     plain_special_tokens: PlainSpecialTokens = None,
     append_eod: Annotated[
-        Optional[bool], typer.Option("--append-eod/--no-append-eod", help="End every document with the end-of-document id.")
+        bool | None, typer.Option("--append-eod/--no-append-eod", help="End every document with the end-of-document id.")
     ] = None,
-    workers: Annotated[Optional[int], typer.Option("--workers", min=1, help="Processes.")] = None,
-    dataset_impl: Annotated[Optional[str], typer.Option("--dataset-impl", hidden=True)] = None,
-    chunk_size: Annotated[Optional[int], typer.Option("--chunk-size", hidden=True)] = None,
-    log_interval: Annotated[Optional[int], typer.Option("--log-interval", hidden=True)] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.")] = None,
+    dataset_impl: Annotated[str | None, typer.Option("--dataset-impl", hidden=True)] = None,
+    chunk_size: Annotated[int | None, typer.Option("--chunk-size", hidden=True)] = None,
+    log_interval: Annotated[int | None, typer.Option("--log-interval", hidden=True)] = None,
 ) -> None:
     """Tokenize a JSONL file into Megatron's .bin/.idx, byte for byte as Megatron-LM's preprocess_data.py.
 
@@ -92,16 +92,15 @@ def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple
 
 
 def _run(loaded: Loaded) -> None:
-    from data_tools.errors import DataError
     from data_tools.indexed import bin_path, idx_path
     from data_tools.preprocess import dataset_prefix, preprocess
 
     tokenizer = _check(loaded)
     asked = loaded.recipe.preprocess
-    workers = asked.workers or 1
-    prefixes = [dataset_prefix(asked.output_prefix, key) for key in asked.json_keys]
-    size = Path(asked.input).stat().st_size
-    typer.echo(f"input      {asked.input} ({_megabytes(size)}), {_plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}")
+    source, output, workers = str(asked.input), str(asked.output_prefix), asked.workers or 1
+    prefixes = [dataset_prefix(output, key) for key in asked.json_keys]
+    size = Path(source).stat().st_size
+    typer.echo(f"input      {source} ({_megabytes(size)}), {_plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}")
     ending = f"every document ends with {tokenizer.eod}" if asked.append_eod else "no end-of-document ids (see --append-eod)"
     typer.echo(f"tokenizer  {tokenizer.type}, {tokenizer.vocab_size} ids; {ending}")
     for prefix in prefixes:
@@ -113,12 +112,10 @@ def _run(loaded: Loaded) -> None:
     try:
         with _Meter(size) as meter:
             counts = preprocess(
-                asked.input, asked.output_prefix, tokenizer, json_keys=asked.json_keys, append_eod=asked.append_eod, workers=workers, progress=meter.show
+                source, output, tokenizer, json_keys=asked.json_keys, append_eod=asked.append_eod, workers=workers, progress=meter.show
             )
-    except DataError as error:
-        raise UserError(error.what, error.where, error.fix) from None
     except OSError as error:
-        raise UserError(f"cannot read or write: {error}", asked.output_prefix, "see to the space and the rights there, and start again") from None
+        raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
     _report(loaded, prefixes, list(counts.values()), time.monotonic() - started)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True, rich_markup_mode=None)
 
 Words = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Argument(metavar="[recipe=NAME] [KEY=VALUE]...", help="A recipe, and values that override its own."),
 ]
 TokenizerType = Annotated[
-    Optional[str], typer.Option("--tokenizer-type", help="GPT2BPETokenizer, SentencePieceTokenizer or NullTokenizer.")
+    str | None, typer.Option("--tokenizer-type", help="GPT2BPETokenizer, SentencePieceTokenizer or NullTokenizer.")
 ]
-VocabFile = Annotated[Optional[str], typer.Option("--vocab-file", help="GPT-2's vocab.json.")]
-MergeFile = Annotated[Optional[str], typer.Option("--merge-file", help="GPT-2's merges.txt.")]
-TokenizerModel = Annotated[Optional[str], typer.Option("--tokenizer-model", help="SentencePiece's .model file.")]
-VocabSize = Annotated[Optional[int], typer.Option("--vocab-size", help="Ids in the data, with NullTokenizer.")]
+VocabFile = Annotated[str | None, typer.Option("--vocab-file", help="GPT-2's vocab.json.")]
+MergeFile = Annotated[str | None, typer.Option("--merge-file", help="GPT-2's merges.txt.")]
+TokenizerModel = Annotated[str | None, typer.Option("--tokenizer-model", help="SentencePiece's .model file.")]
+VocabSize = Annotated[int | None, typer.Option("--vocab-size", help="Ids in the data, with NullTokenizer.")]
 PlainSpecialTokens = Annotated[
-    Optional[bool],
+    bool | None,
     typer.Option("--plain-special-tokens/--no-plain-special-tokens", help="Read a literal <|endoftext|> as ordinary characters."),
 ]
 
@@ -78,7 +78,6 @@ def train(
 
     The same text and options make the same file. It is trained on all of the input: for many GB, take a sample.
     """
-    from data_tools.errors import DataError
     from data_tools.jsonl import check_readable
     from data_tools.tokenizers import build_tokenizer, train_sentencepiece
 
@@ -93,8 +92,6 @@ def train(
         part.write_bytes(model)
         part.replace(output)
         tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=output)
-    except DataError as error:
-        raise UserError(error.what, error.where or str(input), error.fix) from None
     except OSError as error:
         raise UserError(f"cannot read or write: {error}", str(output), "see to the space and the rights there") from None
     typer.echo(f"done       {output}, {tokenizer.vocab_size} pieces, in {time.monotonic() - started:.1f} s")

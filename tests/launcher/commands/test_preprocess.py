@@ -58,7 +58,9 @@ def test_the_seeds_own_command(yuan, defaults):
         assert f"note: {ignored} has no effect" in err
 
 
-@pytest.mark.parametrize("keys", ["--json-keys text title", "--json-keys text,title", "--key text --key title", "'preprocess.json_keys=[text,title]'"])
+@pytest.mark.parametrize(
+    "keys", ["--json-keys text title", "--json-keys text,title", "--key text --key title", "'preprocess.json_keys=[text,title]'"]
+)
 def test_several_keys_as_people_type_them(yuan, defaults, keys):
     code, _, err = yuan(f"preprocess {keys} --input data/both.jsonl --workers 1 --no-append-eod")
     assert code == 0, err

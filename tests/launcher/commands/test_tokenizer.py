@@ -22,7 +22,8 @@ def test_train_then_show(tmp_path, suffix):
         write_jsonl(tmp_path / "in.jsonl", [{"body": text} for text in HARD_TEXTS])
     else:
         (tmp_path / "in.txt").write_text("\n".join(HARD_TEXTS), encoding="utf-8", newline="")
-    trained = yuan("tokenizer", "train", "--input", f"in.{suffix}", "--output-prefix", "new/sp", "--vocab-size", 330, "--json-key", "body", cwd=tmp_path)
+    words = ["--input", f"in.{suffix}", "--output-prefix", "new/sp", "--vocab-size", 330, "--json-key", "body"]
+    trained = yuan("tokenizer", "train", *words, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "yuan preprocess --tokenizer-type SentencePieceTokenizer --tokenizer-model new/sp.model" in trained.stdout
     tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=tmp_path / "new" / "sp.model")
