@@ -1,0 +1,157 @@
+"""`yuan generate`: a file of prompts into a file of answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import launcher.workers
+from launcher.errors import UserError, raise_all
+from launcher.launch.torchrun import launch
+from launcher.recipe import Loaded
+from launcher.recipe import load as load_recipe
+from launcher.recipe import check_layout, check_model
+from launcher.recipe.frozen import write_frozen
+from launcher.recipe.inference import find_checkpoint, inference_recipe
+from launcher.recipe.problem import Case
+from launcher.recipe.schema import Generate, Recipe
+from launcher.run.folder import RunFolder
+
+WORKER = Path(launcher.workers.__file__).with_name("generate.py")
+CHECKS = (check_model.generation_ranges, check_layout.world, check_layout.tensor_parallel, check_layout.pipeline, check_layout.machines)
+_LOAD_HELP = "Run folder or checkpoint. Default: the newest checkpoint under runs/."
+_OUTPUT_HELP = "One answer per line, newlines escaped; a name ending in .jsonl gets whole records. Default: output.txt."
+
+
+def generate(
+    words: Annotated[Optional[list[str]], typer.Argument(metavar="[recipe=NAME] [KEY=VALUE]...", help="A recipe, and values that override its own.")] = None,  # noqa: UP007
+    input: Annotated[Optional[str], typer.Option("--input", help="JSONL with query (or prompt, text, or instruction and input) on each line.")] = None,  # noqa: UP007
+    output: Annotated[Optional[str], typer.Option("--output", help=_OUTPUT_HELP)] = None,  # noqa: UP007
+    load: Annotated[Optional[str], typer.Option("--load", help=_LOAD_HELP)] = None,  # noqa: UP007
+    max_new_tokens: Annotated[Optional[int], typer.Option("--max-new-tokens", help="Longest answer in tokens.")] = None,  # noqa: UP007
+    batch_size: Annotated[Optional[int], typer.Option("--batch-size", help="Prompts answered side by side.")] = None,  # noqa: UP007
+    greedy: Annotated[Optional[bool], typer.Option("--greedy/--no-greedy", help="Always the likeliest token; so it is too where no option of sampling is given.")] = None,  # noqa: UP007
+    temperature: Annotated[Optional[float], typer.Option("--temperature", help="Sample; divides the logits. 0 is greedy.")] = None,  # noqa: UP007
+    top_k: Annotated[Optional[int], typer.Option("--top-k", help="Sample among the k likeliest tokens.")] = None,  # noqa: UP007
+    top_p: Annotated[Optional[float], typer.Option("--top-p", help="Sample among the likeliest tokens whose probabilities add up to p.")] = None,  # noqa: UP007
+    repetition_penalty: Annotated[Optional[float], typer.Option("--repetition-penalty", help="Above 1 makes tokens already seen less likely.")] = None,  # noqa: UP007
+    seed: Annotated[Optional[int], typer.Option("--seed", help="Seed of the sampling.")] = None,  # noqa: UP007
+) -> None:
+    """Answer every line of a JSONL file with a trained model.
+
+    The model, its tokenizer and its layout come from the checkpoint. A bad line gets an error in its place and the
+    others are answered; the exit code is 0 then, and 1 where no line could be answered.
+    """
+    flags = {
+        "input": input, "output": output, "load": load, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "greedy": greedy,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    options = {f"generate.{key}": (value, "--" + key.replace("_", "-")) for key, value in flags.items()}
+    loaded = load_recipe(words or [], options, default="generate")
+    _check_files(loaded)
+    checkpoint, passed = find_checkpoint(loaded)
+    recipe, sources = inference_recipe(loaded, checkpoint)
+    raise_all([problem.as_error() for one in CHECKS for problem in one(Case(recipe, sources))])
+    for line in passed:
+        typer.echo(f"warning: passed over: {line}", err=True)
+    typer.echo(_plan(recipe), err=True)
+    raise typer.Exit(_run(recipe))
+
+
+def _check_files(loaded: Loaded) -> None:
+    from data_tools.errors import InputError
+    from data_tools.jsonl import check_readable
+
+    options, faults = loaded.recipe.generate, []
+    example = '{"query": "What is a list?"}'
+    if options.input is None:
+        faults.append(UserError("generate.input is not given", "command line", f"--input FILE.jsonl, with {example} on each line"))
+    else:
+        try:
+            check_readable(Path(options.input))
+            if Path(options.input).stat().st_size == 0:
+                faults.append(UserError("the input is empty", options.input, f"write {example} on each line"))
+        except InputError as error:
+            faults.append(UserError(error.what, f"generate.input ({loaded.sources['generate.input']})", error.fix))
+    output = Path(options.output)
+    if output.is_dir():
+        faults.append(UserError(f"{output} is a folder", "generate.output", "give the name of a file"))
+    elif options.input is not None and output.resolve() == Path(options.input).resolve():
+        faults.append(UserError("the answers would replace the prompts", f"generate.output={output}", "give another --output"))
+    raise_all(faults)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the output's folder cannot be made: {error.strerror}", str(output.parent), "give another --output") from None
+
+
+def _plan(recipe: Recipe) -> str:
+    parallel, derived, options = recipe.parallel, recipe.derived, recipe.generate
+    layout = f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, DP {derived.data_parallel_size}"
+    return "\n".join(
+        [
+            f"model      {options.load}",
+            f"processes  {derived.world_size} x {derived.device}: {layout}, {recipe.training.precision}",
+            f"answers    at most {options.max_new_tokens} tokens, {options.batch_size} side by side, {_sampling(options)}",
+        ]
+    )
+
+
+def _sampling(options: Generate) -> str:
+    if options.greedy or options.temperature == 0 or options.top_k == 1:
+        words = ["greedy"]
+    else:
+        words = [f"temperature {options.temperature:g}"]
+        words += [f"top-k {options.top_k}"] if options.top_k else []
+        words += [f"top-p {options.top_p:g}"] if options.top_p else []
+        words += [f"seed {options.seed}"]
+    return ", ".join(words + ([f"repetition penalty {options.repetition_penalty:g}"] if options.repetition_penalty != 1 else []))
+
+
+def _run(recipe: Recipe) -> int:
+    """Launch the ranks from a folder of their own, which stays only where something went wrong and it holds the logs."""
+    folder = RunFolder(tempfile.mkdtemp(prefix="yuan-generate-"))
+    try:
+        folder.logs.mkdir()
+        write_frozen(recipe, folder.recipe)
+        code = launch(recipe, folder, WORKER, "generate")
+    except UserError:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    summary = folder.path / "summary.json"
+    if code == 0 and summary.is_file():
+        code = _report(json.loads(summary.read_text(encoding="utf-8")))
+    elif recipe.launch.node_rank == 0:
+        code = code or 1  # stopped before the first answer
+    if code == 0:
+        shutil.rmtree(folder.path, ignore_errors=True)
+    return code
+
+
+def _report(summary: dict) -> int:
+    """Say what was done. Returns the exit code."""
+    from launcher.engine.generate.records import escape
+
+    if summary["sample"]:
+        question, answer = (escape(text) for text in summary["sample"])
+        typer.echo(f"question   {_shorten(question)}\nanswer     {_shorten(answer)}", err=True)
+    tokens, seconds = summary["tokens"], summary["seconds"]
+    rate = f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+    typer.echo(f"answered   {summary['answered']:,} {'line' if summary['answered'] == 1 else 'lines'}, {rate}", err=True)
+    if summary["bad"]:
+        count = summary["bad"]
+        typer.echo(f"warning: {count:,} {'line was' if count == 1 else 'lines were'} not answered; the output says why in their place:", err=True)
+        for number, error in summary["first_bad"]:
+            typer.echo(f"    line {number}: {_shorten(escape(error))}", err=True)
+    typer.echo(f"output     {summary['output']}", err=True)
+    return 1 if summary["stopped"] or (summary["bad"] and not summary["answered"]) else 0
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 4] + " ..."

@@ -1,0 +1,159 @@
+"""The recipe of a model that answers: the one its checkpoint was trained with, laid out anew for generation."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from checkpoints.folder import TRACKER, CheckpointError, newest_checkpoint
+from launcher.errors import UserError, raise_all
+from launcher.recipe import Loaded
+from launcher.recipe.frozen import read_frozen
+from launcher.recipe.resolve import resolve
+from launcher.recipe.schema import Derived, Launch, Parallel, Recipe
+
+# How the stages of a pipeline are cut: of no meaning for another number of stages.
+STAGE_KEYS = (
+    "pipeline_model_parallel_layout", "num_layers_per_virtual_pipeline_stage",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+)  # fmt: skip
+LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", *STAGE_KEYS, "distributed_timeout_minutes")
+FREE_GROUPS = ("generate", "launch")
+FREE_KEYS = {"training.precision", *(f"parallel.{key}" for key in LAYOUT_KEYS)}
+FROM_CHECKPOINT = "the checkpoint"
+
+
+def find_checkpoint(loaded: Loaded, runs: Path = Path("runs")) -> tuple[Path, list[str]]:
+    """The iter_ folder to load, and what was passed over on the way to it.
+
+    It is that of generate.load; else the newest of the run that the named recipe trains; else the newest under `runs`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if loaded.recipe.generate.load is not None:
+        return _of(Path(loaded.recipe.generate.load), f"generate.load ({loaded.sources['generate.load']})"), []
+    if describes_model(loaded.recipe):
+        return _of(Path(loaded.recipe.run.dir), f"run.dir of recipe {loaded.name}"), []
+    trackers = sorted(runs.glob(f"*/checkpoints/{TRACKER}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    passed = []
+    for tracker in trackers:
+        try:
+            return newest_checkpoint(tracker.parent), passed
+        except CheckpointError as error:
+            passed.append(str(error))
+    fix = "train a model: yuan pretrain recipe=NAME; or say where one is: --load RUN_OR_CHECKPOINT"
+    raise UserError("there is no checkpoint" + "".join(f"\n    {line}" for line in passed), f"{runs}/*/checkpoints", fix)
+
+
+def _of(path: Path, where: str) -> Path:
+    try:
+        return newest_checkpoint(path)
+    except CheckpointError as error:
+        raise UserError(str(error), where, "give a run folder, a checkpoints folder or an iter_ folder: --load PATH") from None
+
+
+def describes_model(recipe: Recipe) -> bool:
+    """Whether a recipe says what is trained, and not only how to generate."""
+    return recipe.model.num_layers is not None
+
+
+def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str, str]]:
+    """The checkpoint's own recipe with the layout and the sampling that `loaded` asks for, resolved; and the sources.
+
+    One process per TP x PP on this machine unless `launch.*` asks for more. A checkpoint without a recipe of its own
+    is described by the named recipe.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or something was given that is fixed by the checkpoint.
+    """
+    base, asked = _trained_with(loaded, checkpoint), loaded.recipe
+    taken = _taken(loaded, base is asked)
+    sources = dict.fromkeys(loaded.sources, FROM_CHECKPOINT) | {key: loaded.sources[key] for key in taken}
+    trained, padded = base.parallel, base.derived.padded_vocab_size
+    base.generate, base.derived = asked.generate, Derived()
+    base.generate.load = str(checkpoint)
+    base.parallel = Parallel(**{key: getattr(trained, key) for key in LAYOUT_KEYS})
+    base.launch = Launch(device=base.launch.device)
+    if "parallel.pipeline_model_parallel_size" in taken:
+        for key in STAGE_KEYS:
+            setattr(base.parallel, key, None)
+    for key in taken:
+        group, leaf = key.split(".")
+        setattr(getattr(base, group), leaf, getattr(getattr(asked, group), leaf))
+    parallel = base.parallel
+    if "launch.nproc_per_node" not in taken:
+        ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        base.launch.nproc_per_node = max(1, ranks // max(1, base.launch.nnodes))
+    _refuse_other_layout(base, trained, checkpoint)
+    _use_copied_tokenizer(base, checkpoint)
+    _choose_greedy(base, loaded.sources)
+    resolve(base, sources, base.run.name or loaded.name)
+    if padded and padded % max(1, parallel.tensor_model_parallel_size) == 0:
+        base.derived.padded_vocab_size = padded
+    return base, sources
+
+
+def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
+    path = checkpoint / "recipe.yaml"
+    if not path.is_file():
+        if describes_model(loaded.recipe):
+            return loaded.recipe
+        raise UserError("the checkpoint holds no recipe of its own", str(path), "name the recipe that describes its model: recipe=NAME")
+    try:
+        return read_frozen(path)
+    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+        raise UserError(f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}", str(path)) from error
+
+
+def _taken(loaded: Loaded, described: bool) -> list[str]:
+    """The keys whose values come from the command line or a recipe for generation.
+
+    Of a recipe that trains a model only `generate.*` is taken: the checkpoint knows what it was really trained with.
+    """
+    given = {key: source for key, source in loaded.sources.items() if source not in ("default", "derived")}
+    typed = {key for key, source in given.items() if source.startswith(("--", "command line"))}
+    wanted = typed if describes_model(loaded.recipe) else set(given)
+    free = {key for key in wanted if key.split(".")[0] in FREE_GROUPS or key in FREE_KEYS}
+    faults = []
+    for key in sorted(wanted - free):
+        if key.startswith("parallel."):
+            faults.append(UserError(f"{key} is of training and has no meaning for generation", given[key], "leave it out"))
+        elif not described:
+            fix = "leave it out; generate.*, launch.*, training.precision and TP and PP may be given"
+            faults.append(UserError(f"{key} is fixed by the checkpoint", given[key], fix))
+    raise_all(faults)
+    return sorted(key for key in free if not key.startswith("generate."))
+
+
+def _refuse_other_layout(recipe: Recipe, trained: Parallel, checkpoint: Path) -> None:
+    """The torch layout holds one file per TP and PP rank."""
+    if recipe.checkpoint.format != "torch" or (checkpoint / "metadata.json").is_file():
+        return
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    changed = [f"parallel.{key}={getattr(trained, key)}" for key in layout if getattr(trained, key) != getattr(recipe.parallel, key)]
+    if changed:
+        raise UserError("a checkpoint of the torch format is loaded at the TP and PP that saved it", str(checkpoint), " ".join(changed))
+
+
+def _use_copied_tokenizer(recipe: Recipe, checkpoint: Path) -> None:
+    """Point the tokenizer's keys at the copies in the checkpoint, and see that it can be built."""
+    from data_tools.tokenizers import TokenizerError, build_tokenizer
+
+    settings = {f.name: getattr(recipe.tokenizer, f.name) for f in fields(recipe.tokenizer)}
+    for key in ("tokenizer_model", "vocab_file", "merge_file"):
+        copy = checkpoint / "tokenizer" / Path(settings[key] or "").name
+        if settings[key] and copy.is_file():
+            settings[key] = str(copy)
+            setattr(recipe.tokenizer, key, str(copy))
+    try:
+        build_tokenizer(settings.pop("type"), **settings)
+    except TokenizerError as error:
+        raise UserError(error.what, f"{error.where} (tokenizer of {checkpoint})", error.fix) from None
+
+
+def _choose_greedy(recipe: Recipe, sources: dict[str, str]) -> None:
+    """Greedy is what happens when nobody says how to sample."""
+    says = ("generate.greedy", "generate.temperature", "generate.top_k", "generate.top_p")
+    if all(sources[key] == "default" for key in says):
+        recipe.generate.greedy = True

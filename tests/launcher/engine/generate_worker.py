@@ -1,0 +1,109 @@
+"""A rank of test_generate.py. `run.name` says what it does: `make` checkpoints and references, or `answer` from them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from launcher.workers.entry import run_worker
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7], [2, 7, 1, 8, 2, 8], [9, 9], [6, 28, 49, 6, 12, 0, 13]]
+LIMITS = [12, 9, 12, 3, 12]
+FAMILIES = {
+    "gpt2": {},
+    "llama": {
+        "family": "llama",
+        "num_query_groups": 2,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+    },
+}
+
+
+def of_family(recipe, family):
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **FAMILIES[family]))
+
+
+def uncached(model, prompt, limit, vocab_size):
+    """The reference: a whole forward pass of the training model for every new token."""
+    import torch
+
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(limit):
+            tokens = torch.tensor([ids])
+            logits = model(tokens, torch.arange(len(ids))[None], None)
+            ids.append(int(logits[0, -1, :vocab_size].argmax()))
+    return ids[len(prompt) :]
+
+
+def make(recipe, folder):
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    from launcher.engine.checkpoint import save
+    from launcher.engine.model import unwrap
+    from launcher.engine.train import build
+
+    references = {}
+    for family in FAMILIES:
+        one = of_family(recipe, family)
+        state = build(one)
+        save(one, state, folder.path / family / "checkpoints")
+        destroy_num_microbatches_calculator()
+        model = unwrap(state.chunks[0]).eval()
+        references[family] = [uncached(model, p, n, recipe.derived.vocab_size) for p, n in zip(PROMPTS, LIMITS, strict=True)]
+    return references
+
+
+def answer(recipe, folder):
+    import torch
+
+    from checkpoints.folder import newest_checkpoint
+    from launcher.engine.checkpoint import load_weights
+    from launcher.engine.generate.cache import CachedModel, generation_config
+    from launcher.engine.generate.decode import Prompt, answer_batch
+    from launcher.engine.generate.sampling import Sampler
+    from launcher.engine.model import build_chunks
+
+    results = {}
+    eod, prompts = recipe.derived.vocab_size - 1, [Prompt(n, *pair) for n, pair in enumerate(zip(PROMPTS, LIMITS, strict=True), 1)]
+    for family in FAMILIES:
+        one = of_family(recipe, family)
+        chunks = build_chunks(one, generation_config(one))
+        load_weights(one, chunks, newest_checkpoint(folder.path.parent / "make" / family))
+        model = CachedModel(one, chunks)
+
+        def run(prompts, model=model, **options):
+            sampler = Sampler(dataclasses.replace(recipe.generate, **options), recipe.derived.vocab_size)
+            return [dataclasses.asdict(answer) for answer in answer_batch(model, sampler, prompts, eod)]
+
+        results[family] = {
+            "greedy": run(prompts, greedy=True),
+            "sampled": run(prompts, temperature=2.0, seed=5),
+            "sampled_alone": [answer for prompt in prompts for answer in run([prompt], temperature=2.0, seed=5)],
+            "other_seed": run(prompts, temperature=2.0, seed=6),
+            "penalised": run(prompts, greedy=True, repetition_penalty=1e6),
+        }
+        with torch.no_grad():
+            for parameter in chunks[-1].parameters():
+                parameter.fill_(float("nan"))
+        results[family]["broken"] = run(prompts[:1], greedy=True)
+    return results
+
+
+def main(recipe, folder, stop):
+    from launcher.engine.initialize import finish, initialize
+
+    initialize(recipe)
+    import torch
+
+    result = {"make": make, "answer": answer}[recipe.run.name](recipe, folder)
+    if torch.distributed.get_rank() == 0:
+        Path(folder.path / "result.json").write_text(json.dumps(result))
+    finish()
+
+
+if __name__ == "__main__":
+    run_worker(main)
