@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, Optional
 
 import typer
+import typer.core
 
 from data_tools.errors import DataError
 from launcher.errors import UserError
+
+VERBS = {
+    "recipes": "List, show and copy recipes; explain every key.",
+    "check": "Say whether a recipe would run here.",
+    "tokenizer": "Train a tokenizer, or look at one.",
+    "preprocess": "Text to token ids: JSONL into .bin and .idx.",
+    "pretrain": "Train from random weights, or resume a run.",
+    "generate": "Answer a file of prompts from a checkpoint.",
+}
 
 STORY = """\
 \b
@@ -26,15 +35,23 @@ A story, from text to answers:
 Any value of a recipe is set by key=value: yuan pretrain recipe=345m_1dp training.train_iters=100
 """
 
+
+class InStoryOrder(typer.core.TyperGroup):
+    """Help lists the verbs in the order in which one meets them."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return list(VERBS)
+
+
 # typer's rich panels would cost 0.1 s of every start and break when copied; plain text does neither
 app = typer.Typer(
     name="yuan",
+    cls=InStoryOrder,
     help="One recipe carries a language model from raw text to answers, on Megatron.",
     epilog=STORY,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
@@ -56,14 +73,12 @@ def _options(
 
 def _register() -> None:
     """Every verb is launcher/commands/<verb>.py: a function of that name, or an `app` with verbs of its own."""
-    for verb in ("recipes", "check", "tokenizer", "preprocess", "pretrain", "generate"):
-        if importlib.util.find_spec(f"launcher.commands.{verb}") is None:
-            continue
+    for verb, line in VERBS.items():
         module = importlib.import_module(f"launcher.commands.{verb}")
         if hasattr(module, "app"):
-            app.add_typer(module.app, name=verb)
+            app.add_typer(module.app, name=verb, short_help=line)
         else:
-            app.command(verb)(getattr(module, verb))
+            app.command(verb, short_help=line)(getattr(module, verb))
 
 
 _register()

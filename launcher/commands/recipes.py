@@ -17,7 +17,7 @@ from launcher.recipe.keys import groups, table
 app = typer.Typer(help="List, show and copy recipes; print every key.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list")
+@app.command("list", short_help="Every recipe, and where it lives.")
 def list_recipes() -> None:
     """List every recipe that recipe=NAME finds, with where it lives."""
     rows = [(name, label(path), describe(path)) for name, path in available().items()]
@@ -26,7 +26,7 @@ def list_recipes() -> None:
         print(f"{name:<{widths[0]}}  {place:<{widths[1]}}  {text}")
 
 
-@app.command()
+@app.command(short_help="A resolved recipe, each value with its source.")
 def show(
     words: Annotated[list[str], typer.Argument(metavar="NAME key=value", help="A recipe's name, or recipe=NAME; then key=value.")],
     everything: Annotated[bool, typer.Option("--all", help="Defaults and empty values too.")] = False,
@@ -70,7 +70,7 @@ def _scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
 
 
-@app.command()
+@app.command(short_help="A copy of a recipe to edit.")
 def copy(
     name: Annotated[str, typer.Argument(help="The recipe to copy.")],
     dest: Annotated[Optional[Path], typer.Argument(metavar="[FILE]", help="Default: ./recipes/NAME.yaml")] = None,
@@ -90,7 +90,7 @@ def copy(
     print(f"{label(source)} copied to {target}")
 
 
-@app.command()
+@app.command(short_help="Every key with its type, default and meaning.")
 def keys(group: Annotated[Optional[str], typer.Argument(help="One group, such as training, or one key.")] = None) -> None:
     """Print every key with its type, default and meaning."""
     chosen = [key for name, key in table().items() if group is None or name == group or name.startswith(f"{group}.")]

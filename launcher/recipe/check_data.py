@@ -122,6 +122,8 @@ def data(case: Case) -> Iterator[Problem]:
             return
         if shares[0] is None:
             yield Problem("the split leaves nothing to train on", case.at("data.split"), "such as data.split=969,30,1")
+    if case.recipe.training.eval_iters and (shares[1] is None if not own else "data.valid_data_path" not in own):
+        yield Problem("there are no validation data, so nothing is evaluated", case.at(own[0] if own else "data.split"), "training.eval_iters=0, or give validation a share", "warning")
     for key in own or ["data.data_path"]:
         try:
             prefixes, _ = parse_blend(case.value(key))
@@ -165,11 +167,11 @@ def _nearest_split(reader: Any, split: str) -> str:
     numbers = [float(number) for number in re.findall(r"[.0-9]+", split)] + [0.0] * 2
     train, valid, test = numbers[:3]
     total = train + valid + test
-    for candidate in ((train + test, valid, 0.0), (train + valid, 0.0, test), (0.9 * total, 0.1 * total, 0.0)):
+    for candidate in ((train + test, valid, 0.0), (0.9 * total, 0.1 * total, 0.0)):
         text = ",".join(f"{number:g}" for number in candidate)
         if all(share is None or _holds_tokens(reader, share) for share in parse_split(text)):
             return text
-    return "1,0,0 training.eval_iters=0"
+    return f"{total:g},0,0"
 
 
 def _made_with(case: Case, key: str, prefix: str, description: dict[str, Any] | None) -> Iterator[Problem]:

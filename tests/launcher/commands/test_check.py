@@ -1,0 +1,96 @@
+"""`yuan check`: exit code, faults, and the sizes it prints."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from data_tools.indexed import IndexedWriter
+from launcher.cli import app
+from launcher.commands.check import parameters
+from launcher.recipe import load
+from tests.data_tools.samples import small_gpt2
+
+TINY = """# Tiny
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4}
+training: {seq_length: 16, micro_batch_size: 2, global_batch_size: 8, train_iters: 5}
+optimizer: {lr: 1.0e-3}
+tokenizer: {type: NullTokenizer, vocab_size: 50}
+data: {data_path: data_text_document, split: '8,2,0'}
+launch: {device: cpu, nproc_per_node: 2}
+"""
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """check(*words) → (exit code, what it printed), in a folder with a tiny recipe and its data."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    with IndexedWriter("data_text_document", np.dtype("<u2")) as writer:
+        for _ in range(10):
+            writer.add_document(np.arange(20))
+        writer.finish()
+
+    def run(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["check", *words], catch_exceptions=False)
+        return result.exit_code, result.stdout
+
+    return run
+
+
+def test_a_recipe_that_would_run(check):
+    code, text = check("recipe=./tiny.yaml")
+    assert code == 0
+    assert [line.split(maxsplit=1)[1] for line in text.splitlines()] == [
+        "would run",
+        "gpt2, 0.0 M parameters, fp32",
+        "2 on cpu: TP 1 x PP 1 x DP 2",
+        "8 samples a step = micro batch 2 x DP 2 x 2",
+        "5 steps = 40 samples = 640 tokens",
+        "51 ids, padded to 128",
+        "folder  runs/tiny",
+    ]
+
+
+def test_a_recipe_that_would_not_run(check):
+    code, text = check("recipe=./tiny.yaml", "training.global_batch_size=6", "optimizer.min_lr=1")
+    assert code == 2
+    assert text.count("error: ") == 2 and "training.global_batch_size=4 or 8" in text
+    assert text.endswith("tiny would not run: 2 errors\n")
+
+
+def test_a_warning_does_not_stop_it(check):
+    code, text = check("recipe=./tiny.yaml", "optimizer.lr_decay_iters=50")
+    assert code == 0 and text.startswith("warning: the training ends after 5 of 50 steps of decay")
+
+
+def test_for_another_verb(check):
+    code, text = check("--for", "preprocess", "recipe=./tiny.yaml", "preprocess.input=gone.jsonl", "preprocess.output_prefix=x")
+    assert code == 2 and "no such file: gone.jsonl" in text
+
+
+def test_the_cut_down_345m_passes_on_a_corpus_of_a_thousand_documents(check):
+    """`yuan pretrain recipe=345m_1dp` for two steps, as typed on a laptop: its test share of 0.1 % still holds a document."""
+    Path("data").mkdir()
+    files = small_gpt2(Path("data"))
+    files["vocab_file"].rename("data/gpt2-vocab.json")
+    files["merge_file"].rename("data/gpt2-merges.txt")
+    with IndexedWriter("data/my-gpt2_text_document", np.dtype("<u2")) as writer:
+        for _ in range(1000):
+            writer.add_document(np.arange(20))
+        writer.finish()
+    code, text = check("recipe=345m_1dp", "training.train_iters=2", "training.global_batch_size=2", "training.micro_batch_size=1", "launch.device=cpu")
+    assert code == 0 and "345m_1dp would run" in text
+    assert text.count("warning: ") == 1 and "ends after 2 of 430 warm-up steps" in text
+
+
+def test_parameters_are_those_of_the_model_that_the_engine_builds(check):
+    """A number worked out by hand: tied embedding, positions, two layers with biases, and the last norm."""
+    r = load(["recipe=./tiny.yaml"]).recipe
+    layer = (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32) + 4 * 32
+    assert parameters(r) == 128 * 32 + 16 * 32 + 2 * layer + 2 * 32
+    llama = load(["recipe=quickstart", "model.num_query_groups=2", "tokenizer.type=NullTokenizer", "tokenizer.vocab_size=127"]).recipe
+    h, f = llama.model.hidden_size, llama.model.ffn_hidden_size
+    layer = h * (h + 2 * 2 * h // llama.model.num_attention_heads) + h * h + 3 * h * f + 2 * h
+    assert parameters(llama) == 128 * h + llama.model.num_layers * layer + h

@@ -1,0 +1,79 @@
+"""`yuan recipes`: what it lists, that what it shows can be saved, and that a copy never overwrites."""
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli import app
+from launcher.errors import UserError
+from launcher.recipe import load
+from launcher.recipe.find import package_folder
+from launcher.recipe.keys import table
+
+
+@pytest.fixture
+def yuan(tmp_path, monkeypatch):
+    """yuan(*words) → what it printed; the current folder is empty, and so is the config folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("YUAN_CONFIG_DIR", str(tmp_path / "config"))
+
+    def run(*words: str) -> str:
+        return CliRunner().invoke(app, ["recipes", *words], catch_exceptions=False).stdout
+
+    return run
+
+
+def test_list_has_every_recipe_with_its_place_and_description(yuan, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.yaml").write_text("# My own\n")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "night.yaml").write_text("run: {}\n")
+    rows = {line.split()[0]: line for line in yuan("list").splitlines()}
+    assert rows.keys() == {path.stem for path in package_folder().glob("*.yaml")} | {"night"}
+    assert rows["quickstart"].split(maxsplit=2)[1:] == ["./recipes/quickstart.yaml", "My own"]
+    assert rows["345m_1dp"].split(maxsplit=2)[1:] == ["recipes/345m_1dp.yaml", "GPT-2 345M, one process"]
+    assert "config/night.yaml" in rows["night"]
+
+
+@pytest.mark.parametrize("more", [[], ["--all"]])
+@pytest.mark.parametrize("name", ["345m_4dp", "quickstart", "generate"])
+def test_what_show_prints_is_a_recipe_with_the_same_values(yuan, tmp_path, name, more):
+    words = ["optimizer.lr=1e-5", "data.data_path=[0.3, 'a b', 0.7, c]", "run.name='007'"]
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "saved.yaml").write_text(yuan("show", name, *words, *more))
+    again, first = load(["recipe=saved"]), load([f"recipe={name}", *words])
+    assert again.recipe == first.recipe
+
+
+def test_show_says_where_each_value_came_from(yuan):
+    lines = [line.split() for line in yuan("show", "recipe=345m_1dp", "training.seed=7", "launch.device=cpu").splitlines()]
+    assert "seed: 7 # command line".split() in lines
+    assert "num_layers: 24 # recipes/345m.yaml".split() in lines
+    assert "# ffn_hidden_size: 4096 # derived".split() in lines
+    assert any(line[:2] == ["precision:", "fp32"] and "${on_gpu:fp16,fp32}" in line for line in lines)
+    assert not any("default" in line for line in lines)
+    everything = yuan("show", "345m_1dp", "--all")
+    assert all(f" {name.split('.')[1]}: " in everything for name in table() if not name.startswith("derived."))
+
+
+def test_copy_makes_a_recipe_that_hides_the_packaged_one_and_never_overwrites(yuan, tmp_path):
+    yuan("copy", "345m_1dp")
+    copied = tmp_path / "recipes" / "345m_1dp.yaml"
+    assert copied.read_text() == (package_folder() / "345m_1dp.yaml").read_text()
+    copied.write_text(copied.read_text() + "training: {seed: 3}\n")
+    assert load(["recipe=345m_1dp"]).recipe.training.seed == 3
+    for words in (["quickstart", "recipes/345m_1dp.yaml"], ["345m_1dp"]):
+        with pytest.raises(UserError, match="already"):
+            yuan("copy", *words)
+    assert "seed: 3" in copied.read_text()
+    yuan("copy", "quickstart", "recipes/345m_1dp.yaml", "--force")
+    assert copied.read_text() == (package_folder() / "quickstart.yaml").read_text()
+
+
+def test_keys_documents_a_group_or_one_key(yuan):
+    assert yuan("keys").count("\n") == 2 * len(table())
+    launch = yuan("keys", "launch").splitlines()
+    assert launch[0] == "launch.kind  (one of torchrun, default torchrun)"
+    assert yuan("keys", "training.seed").splitlines()[0] == "training.seed  (a whole number, default 1234)"
+    with pytest.raises(UserError, match="trainin") as raised:
+        yuan("keys", "trainin")
+    assert "training" in raised.value.fix

@@ -1,0 +1,115 @@
+"""The frame: help, mistakes, exit codes, and what is not imported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launcher.cli import VERBS
+
+YUAN = [sys.executable, "-m", "launcher.cli"]
+
+
+def yuan(*words: str, cwd=None, code: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run `yuan` as its own process; `code` runs before it."""
+    command = [*YUAN, *words] if code is None else [sys.executable, "-c", code, *words]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+HEAVY = """
+import atexit, sys
+@atexit.register
+def tell():
+    print("heavy:", sorted({"torch", "megatron", "transformers"} & set(sys.modules)))
+from launcher.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["recipes", "list"], 0),
+        (["recipes", "show", "345m_1dp"], 0),
+        (["check", "recipe=345m_1dp"], 2),  # no data here
+        (["pretrain", "recipe=nowhere"], 2),
+        (["pretrain", "--help"], 0),
+        (["preprocess", "--help"], 0),
+    ],
+)
+def test_no_verb_imports_torch_before_it_must(words, code, tmp_path):
+    run = yuan(*words, code=HEAVY, cwd=tmp_path)
+    assert run.returncode == code, run.stderr
+    assert run.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_help_has_one_line_for_each_verb_and_a_story(tmp_path):
+    run = yuan("--help", cwd=tmp_path)
+    lines = run.stdout.splitlines()
+    listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ")][: len(VERBS)]
+    assert listed == list(VERBS)
+    for verb, text in VERBS.items():
+        assert any(line.split() == f"{verb} {text}".split() for line in lines), verb
+    assert "  A story, from text to answers:" in lines
+    assert sum(line.strip().startswith("yuan ") for line in lines) >= 5
+
+
+def test_version(tmp_path):
+    run = yuan("--version", cwd=tmp_path)
+    assert run.returncode == 0 and "megatron-core 0.16" in run.stdout
+
+
+def test_a_wrong_verb_gets_a_suggestion(tmp_path):
+    run = yuan("pretrian", cwd=tmp_path)
+    assert run.returncode == 2 and "Did you mean 'pretrain'?" in run.stderr
+
+
+def test_mistakes_are_plain_lines_and_exit_code_2(tmp_path):
+    run = yuan("check", "recipe=345m_1dp", "training.train_itres=1", "seed=2", cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.splitlines() == [
+        "error: unknown key training.train_itres",
+        "  where: command line",
+        "  fix:   did you mean training.train_iters or training.train_tokens or training.train_samples?",
+        "error: unknown key seed",
+        "  where: command line",
+        "  fix:   did you mean training.seed or generate.seed?",
+    ]
+
+
+RAISING = """
+import sys, launcher.cli as cli
+def boom(): raise {error}
+cli.app.registered_commands[:] = []
+cli.app.command("check")(boom)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "on_stderr", "traceback"),
+    [
+        ("KeyboardInterrupt", 130, "", False),
+        ("cli.UserError('no', 'here', 'do')", 2, "error: no\n  where: here\n  fix:   do\n", False),
+        ("cli.DataError('no', 'here')", 2, "error: no\n  where: here\n", False),
+        ("RuntimeError('a bug')", 1, "RuntimeError: a bug\n", True),
+    ],
+)
+def test_exit_codes(error, code, on_stderr, traceback, tmp_path):
+    run = yuan("check", code=RAISING.format(error=error), cwd=tmp_path)
+    assert run.returncode == code
+    assert run.stderr.endswith(on_stderr) and ("Traceback" in run.stderr) == traceback
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_colour_is_for_people_who_want_it(no_color, coloured, capsys, monkeypatch):
+    from launcher.cli import print_errors
+    from launcher.errors import UserError
+
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    print_errors(UserError("no"))
+    assert ("\033[" in capsys.readouterr().err) == coloured
