@@ -97,7 +97,7 @@ def _unreached(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
         return
     if steps < warmup:
         what = f"the training ends after {steps} of {warmup:g} warm-up steps: the learning rate never reaches its peak"
-    elif steps < decay and style not in ("constant", "inverse-square-root"):
+    elif steps < int(decay) and style not in ("constant", "inverse-square-root"):
         what = f"the training ends after {steps} of {decay:g} steps of decay: the learning rate never falls to min_lr"
     else:
         return

@@ -43,6 +43,7 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
     assert len(raised.value.each) == 2
     (warning,) = ensure(load(["recipe=base", "optimizer.lr_decay_iters=200"]))
     assert warning.severity == "warning" and "100 of 200 steps" in warning.what
+    assert problems("training.train_samples=803") == []  # the 3 samples that fill no step are no reason to warn
 
 
 @pytest.mark.parametrize(
