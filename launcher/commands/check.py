@@ -9,13 +9,18 @@ import typer
 
 from launcher.errors import UserError
 from launcher.recipe import Loaded, load
-from launcher.recipe.check import CHECKS, check as find_problems
+from launcher.recipe.check import CHECKS
+from launcher.recipe.check import check as find_problems
 from launcher.recipe.schema import Recipe
 
 
 def check(
-    words: Annotated[Optional[list[str]], typer.Argument(metavar="recipe=NAME key=value", help="As for the verb that is checked.")] = None,
-    verb: Annotated[str, typer.Option("--for", metavar="VERB", help="The verb to check for: " + ", ".join(CHECKS) + ".")] = "pretrain",
+    words: Annotated[
+        Optional[list[str]], typer.Argument(metavar="recipe=NAME key=value", help="As for the verb that is checked.")
+    ] = None,
+    verb: Annotated[
+        str, typer.Option("--for", metavar="VERB", help="The verb to check for: " + ", ".join(CHECKS) + ".")
+    ] = "pretrain",
 ) -> None:
     """Say whether a recipe would run, all faults at once, without starting anything.
 

@@ -28,7 +28,9 @@ def list_recipes() -> None:
 
 @app.command(short_help="A resolved recipe, each value with its source.")
 def show(
-    words: Annotated[list[str], typer.Argument(metavar="NAME key=value", help="A recipe's name, or recipe=NAME; then key=value.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="NAME key=value", help="A recipe's name, or recipe=NAME; then key=value.")
+    ],
     everything: Annotated[bool, typer.Option("--all", help="Defaults and empty values too.")] = False,
 ) -> None:
     """Print a recipe resolved, each value with where it came from; the output is YAML and can be saved as a recipe.
@@ -67,7 +69,9 @@ def _scalar(value: Any) -> str:
     """One value in YAML's flow style on one line, so that YAML and OmegaConf read the same back."""
     if isinstance(value, float):
         return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+    )
 
 
 @app.command(short_help="A copy of a recipe to edit.")

@@ -33,7 +33,11 @@ def tokenizer(case: Case) -> Iterator[Problem]:
         yield Problem(error.what, where, error.fix)
         return
     if t.type != "NullTokenizer" and case.given("tokenizer.vocab_size") and t.vocab_size != built.vocab_size:
-        yield Problem(f"the tokenizer's files hold {built.vocab_size} ids, not {t.vocab_size}", case.at("tokenizer.vocab_size"), "tokenizer.vocab_size=null")
+        yield Problem(
+            f"the tokenizer's files hold {built.vocab_size} ids, not {t.vocab_size}",
+            case.at("tokenizer.vocab_size"),
+            "tokenizer.vocab_size=null",
+        )
 
 
 def _build_tokenizer(case: Case):
@@ -48,9 +52,13 @@ def preprocess_input(case: Case) -> Iterator[Problem]:
     p = case.recipe.preprocess
     for key in ("preprocess.input", "preprocess.output_prefix"):
         if not case.value(key):
-            yield Problem(f"{key} is not given", "no recipe and no option gives it", f"--{key.split('.')[1].replace('_', '-')} PATH")
+            yield Problem(
+                f"{key} is not given", "no recipe and no option gives it", f"--{key.split('.')[1].replace('_', '-')} PATH"
+            )
     if p.input and not Path(p.input).is_file():
-        yield Problem(f"no such file: {p.input}", case.at("preprocess.input"), 'a JSONL file: {"text": "..."} on each line; --input FILE')
+        yield Problem(
+            f"no such file: {p.input}", case.at("preprocess.input"), 'a JSONL file: {"text": "..."} on each line; --input FILE'
+        )
     if not p.json_keys:
         yield Problem("no key of the JSON objects is named", case.at("preprocess.json_keys"), "preprocess.json_keys=[text]")
 
@@ -109,7 +117,11 @@ def data(case: Case) -> Iterator[Problem]:
         yield Problem("no training data is given", "data", "data.data_path=PREFIX, the path of a .bin/.idx pair without suffix")
         return
     if d.data_path is not None and own:
-        yield Problem("data_path with a split, or a path for each set, but not both", case.at("data.data_path", *own), f"{own[0]}=null, or data.data_path=null")
+        yield Problem(
+            "data_path with a split, or a path for each set, but not both",
+            case.at("data.data_path", *own),
+            f"{own[0]}=null, or data.data_path=null",
+        )
         return
     if own and case.given("data.split"):
         yield Problem("sets with paths of their own are not split", case.at("data.split", *own), "data.split=null")
@@ -123,7 +135,12 @@ def data(case: Case) -> Iterator[Problem]:
         if shares[0] is None:
             yield Problem("the split leaves nothing to train on", case.at("data.split"), "such as data.split=969,30,1")
     if case.recipe.training.eval_iters and (shares[1] is None if not own else "data.valid_data_path" not in own):
-        yield Problem("there are no validation data, so nothing is evaluated", case.at(own[0] if own else "data.split"), "training.eval_iters=0, or give validation a share", "warning")
+        yield Problem(
+            "there are no validation data, so nothing is evaluated",
+            case.at(own[0] if own else "data.split"),
+            "training.eval_iters=0, or give validation a share",
+            "warning",
+        )
     for key in own or ["data.data_path"]:
         try:
             prefixes, _ = parse_blend(case.value(key))
@@ -153,7 +170,11 @@ def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, f
         names = " and ".join(SETS[i] for i in empty)
         what = f"{prefix} has {reader.sequences} documents, and the share of {names} comes to no token"
         whole = len(shares) == 1 or not reader.tokens
-        fix = "a data set with text in it" if whole else f"data.split={_nearest_split(reader, case.recipe.data.split)}, or more documents"
+        fix = (
+            "a data set with text in it"
+            if whole
+            else f"data.split={_nearest_split(reader, case.recipe.data.split)}, or more documents"
+        )
         yield Problem(what, case.at(key if whole else "data.split"), fix)
 
 

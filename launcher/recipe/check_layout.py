@@ -53,7 +53,11 @@ def tensor_parallel(case: Case) -> Iterator[Problem]:
         return
     for key, value in (("model.num_attention_heads", m.num_attention_heads), ("model.ffn_hidden_size", m.ffn_hidden_size)):
         if value and value % tp:
-            yield Problem(f"{key} {value} cannot be cut into TP {tp} parts", case.at(key, TP), f"{key}={nearest(value, tp)}, or {TP}={nearest_divisors(value, tp)}")
+            yield Problem(
+                f"{key} {value} cannot be cut into TP {tp} parts",
+                case.at(key, TP),
+                f"{key}={nearest(value, tp)}, or {TP}={nearest_divisors(value, tp)}",
+            )
     groups = m.num_query_groups if case.given("model.num_query_groups") else 0  # derived: the heads' fault, said above
     if groups > 0 and groups % tp and tp % groups:
         yield Problem(
@@ -64,9 +68,17 @@ def tensor_parallel(case: Case) -> Iterator[Problem]:
     if not p.sequence_parallel:
         return
     if tp == 1:
-        yield Problem("sequence parallelism shares the sequence over tensor-parallel ranks, and there is one", case.at("parallel.sequence_parallel", TP), f"parallel.sequence_parallel=false, or {TP}=2")
+        yield Problem(
+            "sequence parallelism shares the sequence over tensor-parallel ranks, and there is one",
+            case.at("parallel.sequence_parallel", TP),
+            f"parallel.sequence_parallel=false, or {TP}=2",
+        )
     elif t.seq_length and t.seq_length % tp:
-        yield Problem(f"sequence parallelism cannot cut seq_length {t.seq_length} into TP {tp} parts", case.at("training.seq_length", TP), f"training.seq_length={nearest(t.seq_length, tp)}")
+        yield Problem(
+            f"sequence parallelism cannot cut seq_length {t.seq_length} into TP {tp} parts",
+            case.at("training.seq_length", TP),
+            f"training.seq_length={nearest(t.seq_length, tp)}",
+        )
 
 
 def pipeline(case: Case) -> Iterator[Problem]:
@@ -80,7 +92,11 @@ def pipeline(case: Case) -> Iterator[Problem]:
         yield from _layout(case, layers, pp)
         for key in (VP, FIRST, LAST):
             if case.value(key) is not None:
-                yield Problem(f"{LAYOUT} says all about the stages, so {key} cannot be given too", case.at(LAYOUT, key), f"{key}=null, or {LAYOUT}=null")
+                yield Problem(
+                    f"{LAYOUT} says all about the stages, so {key} cannot be given too",
+                    case.at(LAYOUT, key),
+                    f"{key}=null, or {LAYOUT}=null",
+                )
     elif uneven:
         yield from _uneven(case, layers, pp)
     elif layers % pp:
@@ -95,24 +111,42 @@ def _layout(case: Case, layers: int, pp: int) -> Iterator[Problem]:
     try:
         stages = parse_layout(case.recipe.parallel.pipeline_model_parallel_layout)
     except LayoutError as error:
-        yield Problem(str(error), case.at(LAYOUT), "such as 'Et*3|t*3L': E embedding, t layer, L loss, | between stages, *n repeats")
+        yield Problem(
+            str(error), case.at(LAYOUT), "such as 'Et*3|t*3L': E embedding, t layer, L loss, | between stages, *n repeats"
+        )
         return
     flat = "".join(stages)
     if len(stages) % pp:
-        yield Problem(f"the layout has {len(stages)} stages, no multiple of PP {pp}", case.at(LAYOUT, PP), f"{PP}={nearest_divisors(len(stages), pp)}, or {nearest(len(stages), pp)} stages")
+        yield Problem(
+            f"the layout has {len(stages)} stages, no multiple of PP {pp}",
+            case.at(LAYOUT, PP),
+            f"{PP}={nearest_divisors(len(stages), pp)}, or {nearest(len(stages), pp)} stages",
+        )
     if not flat.startswith("E") or not flat.endswith("L") or flat.count("E") != 1 or flat.count("L") != 1:
         yield Problem("a layout has one E, at its beginning, and one L, at its end", case.at(LAYOUT), "such as 'Et*3|t*3L'")
     if flat.count("t") != layers:
-        yield Problem(f"the layout places {flat.count('t')} layers, and the model has {layers}", case.at(LAYOUT, "model.num_layers"), f"{layers} times t in the layout, or model.num_layers={flat.count('t')}")
+        yield Problem(
+            f"the layout places {flat.count('t')} layers, and the model has {layers}",
+            case.at(LAYOUT, "model.num_layers"),
+            f"{layers} times t in the layout, or model.num_layers={flat.count('t')}",
+        )
 
 
 def _uneven(case: Case, layers: int, pp: int) -> Iterator[Problem]:
     if case.value(VP) is not None:
-        yield Problem("stages with counts of their own cannot be cut into virtual stages by layers", case.at(VP, FIRST, LAST), f"{VP}=null, or {LAYOUT}, which can say both")
+        yield Problem(
+            "stages with counts of their own cannot be cut into virtual stages by layers",
+            case.at(VP, FIRST, LAST),
+            f"{VP}=null, or {LAYOUT}, which can say both",
+        )
     counts = [count for count in (case.value(FIRST), case.value(LAST)) if count is not None]
     left, stages = layers - sum(counts), pp - len(counts)
     if left < 0 or stages < 0 or bool(left) != bool(stages):
-        yield Problem(f"{left} layers are left for the {stages} other stages", case.at("model.num_layers", PP, FIRST, LAST), "every stage needs a layer, and every layer a stage")
+        yield Problem(
+            f"{left} layers are left for the {stages} other stages",
+            case.at("model.num_layers", PP, FIRST, LAST),
+            "every stage needs a layer, and every layer a stage",
+        )
     elif stages and left % stages:
         yield Problem(
             f"the {left} layers between the first and last stage cannot be shared out over {stages} stages",
@@ -134,7 +168,11 @@ def interleaving(case: Case) -> Iterator[Problem]:
     elif per_virtual and per_virtual > 0 and pp > 0 and layers % pp == 0:
         per_stage = layers // pp
         if per_stage % per_virtual:
-            yield Problem(f"a stage's {per_stage} layers cannot be cut into virtual stages of {per_virtual}", case.at("model.num_layers", PP, VP), f"{VP}={nearest_divisors(per_stage, per_virtual)}")
+            yield Problem(
+                f"a stage's {per_stage} layers cannot be cut into virtual stages of {per_virtual}",
+                case.at("model.num_layers", PP, VP),
+                f"{VP}={nearest_divisors(per_stage, per_virtual)}",
+            )
             return
         virtual = per_stage // per_virtual
     if virtual <= 1:
@@ -144,7 +182,11 @@ def interleaving(case: Case) -> Iterator[Problem]:
     elif micro and micro % pp:
         size = case.recipe.training.global_batch_size // micro
         wanted = " or ".join(str(int(n) * size) for n in nearest(micro, pp).split(" or "))
-        yield Problem(f"the interleaved schedule takes micro batches in groups of PP {pp}, and a step has {micro}", case.at("training.global_batch_size", PP), f"training.global_batch_size={wanted}")
+        yield Problem(
+            f"the interleaved schedule takes micro batches in groups of PP {pp}, and a step has {micro}",
+            case.at("training.global_batch_size", PP),
+            f"training.global_batch_size={wanted}",
+        )
 
 
 def recompute(case: Case) -> Iterator[Problem]:
@@ -153,7 +195,9 @@ def recompute(case: Case) -> Iterator[Problem]:
     method, number = "parallel.recompute_method", "parallel.recompute_num_layers"
     if p.recompute_granularity == "full":
         if p.recompute_method is None:
-            yield Problem("full recomputation needs a method", case.at("parallel.recompute_granularity"), f"{method}=uniform or block")
+            yield Problem(
+                "full recomputation needs a method", case.at("parallel.recompute_granularity"), f"{method}=uniform or block"
+            )
         if p.recompute_num_layers is None:
             yield Problem("full recomputation needs a number of layers", case.at("parallel.recompute_granularity"), f"{number}=1")
         return
@@ -167,21 +211,45 @@ def data_parallel(case: Case) -> Iterator[Problem]:
     """What the distributed optimizer and the overlaps need."""
     p = case.recipe.parallel
     if p.overlap_param_gather and not p.use_distributed_optimizer:
-        yield Problem("overlap_param_gather works with the distributed optimizer", case.at("parallel.overlap_param_gather"), "parallel.use_distributed_optimizer=true")
+        yield Problem(
+            "overlap_param_gather works with the distributed optimizer",
+            case.at("parallel.overlap_param_gather"),
+            "parallel.use_distributed_optimizer=true",
+        )
     if p.overlap_param_gather and not p.overlap_grad_reduce:
-        yield Problem("overlap_param_gather works with overlap_grad_reduce", case.at("parallel.overlap_param_gather"), "parallel.overlap_grad_reduce=true")
+        yield Problem(
+            "overlap_param_gather works with overlap_grad_reduce",
+            case.at("parallel.overlap_param_gather"),
+            "parallel.overlap_grad_reduce=true",
+        )
     if p.use_distributed_optimizer and case.recipe.optimizer.optimizer != "adam":
-        yield Problem("the distributed optimizer knows adam alone", case.at("parallel.use_distributed_optimizer", "optimizer.optimizer"), "optimizer.optimizer=adam, or parallel.use_distributed_optimizer=false")
+        yield Problem(
+            "the distributed optimizer knows adam alone",
+            case.at("parallel.use_distributed_optimizer", "optimizer.optimizer"),
+            "optimizer.optimizer=adam, or parallel.use_distributed_optimizer=false",
+        )
 
 
 def machines(case: Case) -> Iterator[Problem]:
     """Several machines must find each other; a process needs a GPU of its own."""
     launch = case.recipe.launch
     if launch.nnodes > 1 and not launch.rdzv_endpoint:
-        yield Problem(f"{launch.nnodes} machines need a place to meet", case.at("launch.nnodes"), "launch.rdzv_endpoint=FIRST_MACHINE:29500, the same on every machine")
+        yield Problem(
+            f"{launch.nnodes} machines need a place to meet",
+            case.at("launch.nnodes"),
+            "launch.rdzv_endpoint=FIRST_MACHINE:29500, the same on every machine",
+        )
     if 0 < launch.nnodes <= launch.node_rank:
-        yield Problem(f"machine number {launch.node_rank} of {launch.nnodes}: numbers start at 0", case.at("launch.node_rank", "launch.nnodes"), f"launch.node_rank=0 … {launch.nnodes - 1}")
+        yield Problem(
+            f"machine number {launch.node_rank} of {launch.nnodes}: numbers start at 0",
+            case.at("launch.node_rank", "launch.nnodes"),
+            f"launch.node_rank=0 … {launch.nnodes - 1}",
+        )
     if case.recipe.derived.device == "cuda" and launch.nproc_per_node > gpu_count():
         present = gpu_count()
         fix = f"launch.nproc_per_node={present}, or launch.device=cpu" if present else "launch.device=cpu"
-        yield Problem(f"{launch.nproc_per_node} processes want a GPU each, and torch can use {present}", case.at("launch.nproc_per_node", "launch.device"), fix)
+        yield Problem(
+            f"{launch.nproc_per_node} processes want a GPU each, and torch can use {present}",
+            case.at("launch.nproc_per_node", "launch.device"),
+            fix,
+        )

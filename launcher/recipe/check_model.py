@@ -44,7 +44,11 @@ def required(case: Case) -> Iterator[Problem]:
     """Values that nothing can be derived from."""
     for key in REQUIRED:
         if case.value(key) is None:
-            yield Problem(f"{key} is not given", "no recipe and no word of the command line gives it", f"add {key}=… , or take a recipe that has it")
+            yield Problem(
+                f"{key} is not given",
+                "no recipe and no word of the command line gives it",
+                f"add {key}=… , or take a recipe that has it",
+            )
 
 
 def ranges(case: Case) -> Iterator[Problem]:
@@ -120,4 +124,9 @@ def precision(case: Case) -> Iterator[Problem]:
         return
     for key in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
         if case.given(f"training.{key}"):
-            yield Problem(f"training.{key} does nothing in {t.precision}", case.at(f"training.{key}"), "training.precision=fp16, or leave it out", "warning")
+            yield Problem(
+                f"training.{key} does nothing in {t.precision}",
+                case.at(f"training.{key}"),
+                "training.precision=fp16, or leave it out",
+                "warning",
+            )

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from launcher.recipe.problem import Case, Problem, nearest
 
 LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
-WARMUPS = ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples", "optimizer.lr_warmup_tokens", "optimizer.lr_warmup_fraction")
+WARMUPS = (
+    "optimizer.lr_warmup_iters",
+    "optimizer.lr_warmup_samples",
+    "optimizer.lr_warmup_tokens",
+    "optimizer.lr_warmup_fraction",
+)
 
 
 def _by_iters(case: Case) -> bool:
@@ -20,11 +25,19 @@ def length(case: Case) -> Iterator[Problem]:
     if not given:
         yield Problem("nothing says how long to train", "training", "give one of " + ", ".join(LENGTHS))
     elif len(given) > 1:
-        yield Problem("the length of the training is given twice", case.at(*given), f"keep one, such as {given[0]}, and set the others to null")
+        yield Problem(
+            "the length of the training is given twice",
+            case.at(*given),
+            f"keep one, such as {given[0]}, and set the others to null",
+        )
     elif case.recipe.derived.train_iters == 0 and case.value(given[0]) > 0:
         t = case.recipe.training
         least = t.global_batch_size * (t.seq_length if given[0].endswith("tokens") else 1)
-        yield Problem(f"{given[0]} {case.value(given[0])} is less than one step", case.at(given[0], "training.global_batch_size"), f"{given[0]}={least} or more")
+        yield Problem(
+            f"{given[0]} {case.value(given[0])} is less than one step",
+            case.at(given[0], "training.global_batch_size"),
+            f"{given[0]}={least} or more",
+        )
 
 
 def units(case: Case) -> Iterator[Problem]:
@@ -83,9 +96,17 @@ def learning_rate(case: Case) -> Iterator[Problem]:
         )
     wsd = _in_samples(case, "lr_wsd_decay")
     if o.lr_decay_style == "WSD" and not wsd:
-        yield Problem("WSD needs the length of its last phase", case.at("optimizer.lr_decay_style"), f"optimizer.lr_wsd_decay_{unit}={max(1, decay // per // 10)}, for a tenth")
+        yield Problem(
+            "WSD needs the length of its last phase",
+            case.at("optimizer.lr_decay_style"),
+            f"optimizer.lr_wsd_decay_{unit}={max(1, decay // per // 10)}, for a tenth",
+        )
     elif o.lr_decay_style == "WSD" and wsd > decay - warmup:
-        yield Problem("WSD's last phase begins within the warm-up", case.at(f"optimizer.lr_wsd_decay_{unit}"), f"optimizer.lr_wsd_decay_{unit}={int((decay - warmup) // per)} or less")
+        yield Problem(
+            "WSD's last phase begins within the warm-up",
+            case.at(f"optimizer.lr_wsd_decay_{unit}"),
+            f"optimizer.lr_wsd_decay_{unit}={int((decay - warmup) // per)} or less",
+        )
     yield from _unreached(case, warmup / batch, decay / batch)
 
 
@@ -112,7 +133,11 @@ def weight_decay(case: Case) -> Iterator[Problem]:
     if o.weight_decay_incr_style == "constant":
         for key in ends:
             if case.value(key) is not None:
-                yield Problem(f"a constant weight decay has no {key}", case.at(key, "optimizer.weight_decay_incr_style"), f"{key}=null, or optimizer.weight_decay_incr_style=linear")
+                yield Problem(
+                    f"a constant weight decay has no {key}",
+                    case.at(key, "optimizer.weight_decay_incr_style"),
+                    f"{key}=null, or optimizer.weight_decay_incr_style=linear",
+                )
         return
     missing = [key for key in ends if case.value(key) is None]
     for key in missing:
@@ -128,17 +153,29 @@ def rampup(case: Case) -> Iterator[Problem]:
         return
     if _by_iters(case):
         total = t.train_iters * (t.global_batch_size or 1)
-        yield Problem("a batch that grows needs a training counted in samples", case.at(key, "training.train_iters"), f"training.train_samples={total}, and training.train_iters=null")
+        yield Problem(
+            "a batch that grows needs a training counted in samples",
+            case.at(key, "training.train_iters"),
+            f"training.train_samples={total}, and training.train_iters=null",
+        )
     if len(t.rampup_batch_size) != 3 or any(number < 1 for number in t.rampup_batch_size):
         yield Problem(f"{key} is [start, increment, samples], all above 0", case.at(key), f"such as {key}=[16,16,100000]")
         return
     start, increment, _ = t.rampup_batch_size
     total = t.global_batch_size or 0
     if total <= start:
-        yield Problem(f"the batch cannot grow from {start} to {total}", case.at(key, "training.global_batch_size"), f"a start below {total}, or {key}=null")
+        yield Problem(
+            f"the batch cannot grow from {start} to {total}",
+            case.at(key, "training.global_batch_size"),
+            f"a start below {total}, or {key}=null",
+        )
     elif (total - start) % increment:
         fits = " or ".join(str(start + int(n)) for n in nearest(total - start, increment).split(" or "))
-        yield Problem(f"steps of {increment} do not lead from {start} to {total}", case.at(key, "training.global_batch_size"), f"training.global_batch_size={fits}")
+        yield Problem(
+            f"steps of {increment} do not lead from {start} to {total}",
+            case.at(key, "training.global_batch_size"),
+            f"training.global_batch_size={fits}",
+        )
     at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
     for name, number in (("start", start), ("increment", increment)):
         if at_once > 0 and number % at_once:

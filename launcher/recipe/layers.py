@@ -66,13 +66,19 @@ def _read(path: Path, lines: dict[str, int], faults: list[UserError]) -> dict[st
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise UserError("a recipe is made of groups of keys", f"{label(path)}:1", "write `training:` and below it `  seq_length: 1024`")
+            raise UserError(
+                "a recipe is made of groups of keys", f"{label(path)}:1", "write `training:` and below it `  seq_length: 1024`"
+            )
         if _walk(node, "", lines, path, faults):
             return {}
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        faults.append(UserError(f"not YAML: {error.problem or error.context}", f"{label(path)}:{line}", "mind indentation, quotes and brackets"))
+        faults.append(
+            UserError(
+                f"not YAML: {error.problem or error.context}", f"{label(path)}:{line}", "mind indentation, quotes and brackets"
+            )
+        )
     except UserError as error:
         faults.append(error)
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -42,9 +42,7 @@ class Loaded:
     name: str
 
 
-def load(
-    words: list[str], options: dict[str, tuple[object, str]] | None = None, default: str | None = None
-) -> Loaded:
+def load(words: list[str], options: dict[str, tuple[object, str]] | None = None, default: str | None = None) -> Loaded:
     """Compose a recipe.
 
     Args:
@@ -58,7 +56,11 @@ def load(
     faults: list[UserError] = []
     words_given, names = from_words(words, faults)
     if len(names) > 1:
-        faults.append(UserError(f"two recipes are named: {' and '.join(names)}", "command line", "name one; a recipe's `base:` joins several"))
+        faults.append(
+            UserError(
+                f"two recipes are named: {' and '.join(names)}", "command line", "name one; a recipe's `base:` joins several"
+            )
+        )
     name = names[-1] if names else default
     if name is None:
         raise UserError("no recipe is named", "command line", f"add recipe=NAME; there are: {', '.join(available())}")
@@ -146,5 +148,7 @@ def _typed(config: DictConfig, sources: dict[str, str], faults: list[UserError])
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an expression inside a list
-        faults.append(UserError(f"{error.full_key}: {str(error).splitlines()[0]}", sources.get(str(error.full_key).split("[")[0], "")))
+        faults.append(
+            UserError(f"{error.full_key}: {str(error).splitlines()[0]}", sources.get(str(error.full_key).split("[")[0], ""))
+        )
         return Recipe()

@@ -80,7 +80,13 @@ def test_the_cut_down_345m_passes_on_a_corpus_of_a_thousand_documents(check):
         for _ in range(1000):
             writer.add_document(np.arange(20))
         writer.finish()
-    code, text = check("recipe=345m_1dp", "training.train_iters=2", "training.global_batch_size=2", "training.micro_batch_size=1", "launch.device=cpu")
+    code, text = check(
+        "recipe=345m_1dp",
+        "training.train_iters=2",
+        "training.global_batch_size=2",
+        "training.micro_batch_size=1",
+        "launch.device=cpu",
+    )
     assert code == 0 and "345m_1dp would run" in text
     assert text.count("warning: ") == 1 and "ends after 2 of 430 warm-up steps" in text
 
@@ -90,7 +96,9 @@ def test_parameters_are_those_of_the_model_that_the_engine_builds(check):
     r = load(["recipe=./tiny.yaml"]).recipe
     layer = (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32) + 4 * 32
     assert parameters(r) == 128 * 32 + 16 * 32 + 2 * layer + 2 * 32
-    llama = load(["recipe=quickstart", "model.num_query_groups=2", "tokenizer.type=NullTokenizer", "tokenizer.vocab_size=127"]).recipe
+    llama = load(
+        ["recipe=quickstart", "model.num_query_groups=2", "tokenizer.type=NullTokenizer", "tokenizer.vocab_size=127"]
+    ).recipe
     h, f = llama.model.hidden_size, llama.model.ffn_hidden_size
     layer = h * (h + 2 * 2 * h // llama.model.num_attention_heads) + h * h + 3 * h * f + 2 * h
     assert parameters(llama) == 128 * h + llama.model.num_layers * layer + h

@@ -49,52 +49,138 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
 @pytest.mark.parametrize(
     ("words", "what", "fix"),
     [
-        (("training.global_batch_size=7",), "global_batch_size 7 is no multiple of micro_batch_size 2", "training.global_batch_size=6 or 8"),
+        (
+            ("training.global_batch_size=7",),
+            "global_batch_size 7 is no multiple of micro_batch_size 2",
+            "training.global_batch_size=6 or 8",
+        ),
         (("training.micro_batch_size=3",), "micro_batch_size 3", "training.micro_batch_size=2 or 4"),
-        ((*FOUR, "parallel.tensor_model_parallel_size=3", "model.num_attention_heads=3"), "4 processes cannot be shared out", "launch.nproc_per_node=3 or 6"),
-        (("model.hidden_size=98", "model.ffn_hidden_size=384"), "hidden_size 98 cannot be shared out over 4 heads", "model.hidden_size=96 or 100"),
+        (
+            (*FOUR, "parallel.tensor_model_parallel_size=3", "model.num_attention_heads=3"),
+            "4 processes cannot be shared out",
+            "launch.nproc_per_node=3 or 6",
+        ),
+        (
+            ("model.hidden_size=98", "model.ffn_hidden_size=384"),
+            "hidden_size 98 cannot be shared out over 4 heads",
+            "model.hidden_size=96 or 100",
+        ),
         (("model.num_query_groups=3",), "4 heads cannot be shared out over 3 query groups", "must divide 4"),
         (("model.max_position_embeddings=8",), "seq_length 16 is longer", "training.seq_length=8"),
-        (("model.position_embedding_type=rope", "model.kv_channels=25"), "25 channels of a head are no pairs", "model.kv_channels=24 or 26"),
-        ((*FOUR, "parallel.tensor_model_parallel_size=4", "model.ffn_hidden_size=390"), "390 cannot be cut into TP 4", "model.ffn_hidden_size=388 or 392"),
+        (
+            ("model.position_embedding_type=rope", "model.kv_channels=25"),
+            "25 channels of a head are no pairs",
+            "model.kv_channels=24 or 26",
+        ),
+        (
+            (*FOUR, "parallel.tensor_model_parallel_size=4", "model.ffn_hidden_size=390"),
+            "390 cannot be cut into TP 4",
+            "model.ffn_hidden_size=388 or 392",
+        ),
         (("parallel.sequence_parallel=true",), "there is one", "parallel.sequence_parallel=false"),
-        (("launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "training.seq_length=15"), "seq_length 15", "training.seq_length=14 or 16"),
-        (("launch.nproc_per_node=3", "parallel.pipeline_model_parallel_size=3"), "8 layers cannot be shared out over 3", "model.num_layers=6 or 9, or parallel.pipeline_model_parallel_size=2 or 4"),
-        (("launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2", "parallel.num_layers_per_virtual_pipeline_stage=3"), "4 layers cannot be cut", "parallel.num_layers_per_virtual_pipeline_stage=2 or 4"),
-        (("parallel.num_layers_per_virtual_pipeline_stage=4",), "a pipeline of at least 2 stages", "parallel.pipeline_model_parallel_size=2"),
-        (("launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2", "parallel.num_layers_per_virtual_pipeline_stage=2", "training.global_batch_size=6"), "groups of PP 2, and a step has 3", "training.global_batch_size=4 or 8"),
+        (
+            (
+                "launch.nproc_per_node=2",
+                "parallel.tensor_model_parallel_size=2",
+                "parallel.sequence_parallel=true",
+                "training.seq_length=15",
+            ),
+            "seq_length 15",
+            "training.seq_length=14 or 16",
+        ),
+        (
+            ("launch.nproc_per_node=3", "parallel.pipeline_model_parallel_size=3"),
+            "8 layers cannot be shared out over 3",
+            "model.num_layers=6 or 9, or parallel.pipeline_model_parallel_size=2 or 4",
+        ),
+        (
+            (
+                "launch.nproc_per_node=2",
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.num_layers_per_virtual_pipeline_stage=3",
+            ),
+            "4 layers cannot be cut",
+            "parallel.num_layers_per_virtual_pipeline_stage=2 or 4",
+        ),
+        (
+            ("parallel.num_layers_per_virtual_pipeline_stage=4",),
+            "a pipeline of at least 2 stages",
+            "parallel.pipeline_model_parallel_size=2",
+        ),
+        (
+            (
+                "launch.nproc_per_node=2",
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.num_layers_per_virtual_pipeline_stage=2",
+                "training.global_batch_size=6",
+            ),
+            "groups of PP 2, and a step has 3",
+            "training.global_batch_size=4 or 8",
+        ),
         (("parallel.pipeline_model_parallel_layout=Et*8Lx",), "'x' mean", "Et*3|t*3L"),
         (("parallel.pipeline_model_parallel_layout=Et*7L",), "places 7 layers, and the model has 8", "8 times t"),
-        (("parallel.recompute_granularity=full", "parallel.recompute_num_layers=1"), "needs a method", "parallel.recompute_method=uniform"),
-        (("parallel.recompute_granularity=selective", "parallel.recompute_method=block"), "with selective recomputation", "parallel.recompute_method=null"),
-        (("parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"), "works with the distributed optimizer", "parallel.use_distributed_optimizer=true"),
+        (
+            ("parallel.recompute_granularity=full", "parallel.recompute_num_layers=1"),
+            "needs a method",
+            "parallel.recompute_method=uniform",
+        ),
+        (
+            ("parallel.recompute_granularity=selective", "parallel.recompute_method=block"),
+            "with selective recomputation",
+            "parallel.recompute_method=null",
+        ),
+        (
+            ("parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"),
+            "works with the distributed optimizer",
+            "parallel.use_distributed_optimizer=true",
+        ),
         (("parallel.use_distributed_optimizer=true", "optimizer.optimizer=sgd"), "knows adam alone", "optimizer.optimizer=adam"),
         (("launch.nnodes=2", "training.global_batch_size=8"), "a place to meet", "launch.rdzv_endpoint="),
         (("training.train_iters=null",), "how long to train", "training.train_samples"),
         (("training.train_iters=null", "training.train_tokens=64"), "less than one step", "training.train_tokens=128"),
-        (("optimizer.lr_warmup_iters=100",), "a warm-up of 100 iters must be shorter than the decay of 100", "optimizer.lr_warmup_iters=99"),
+        (
+            ("optimizer.lr_warmup_iters=100",),
+            "a warm-up of 100 iters must be shorter than the decay of 100",
+            "optimizer.lr_warmup_iters=99",
+        ),
         (("optimizer.min_lr=0.01",), "above the peak", "optimizer.min_lr=0.001"),
         (("optimizer.lr_decay_style=WSD",), "length of its last phase", "optimizer.lr_wsd_decay_iters=10"),
         (("optimizer.lr_decay_samples=800",), "counted in steps", "optimizer.lr_decay_iters=100"),
         ((*BY_SAMPLES, "optimizer.lr_warmup_iters=3"), "counted in samples", "optimizer.lr_warmup_samples=24"),
         (("optimizer.lr_warmup_iters=3", "optimizer.lr_warmup_fraction=0.1"), "warm-up is given twice", "keep one"),
         (("optimizer.start_weight_decay=0.1",), "constant weight decay", "optimizer.start_weight_decay=null"),
-        (("optimizer.weight_decay_incr_style=linear", "optimizer.start_weight_decay=0.1"), "optimizer.end_weight_decay", "add optimizer.end_weight_decay"),
+        (
+            ("optimizer.weight_decay_incr_style=linear", "optimizer.start_weight_decay=0.1"),
+            "optimizer.end_weight_decay",
+            "add optimizer.end_weight_decay",
+        ),
         (("training.rampup_batch_size=[2,2,100]",), "counted in samples", "training.train_samples=800"),
         ((*BY_SAMPLES, "training.rampup_batch_size=[2,4,100]"), "do not lead from 2 to 8", "training.global_batch_size=6 or 10"),
         ((*BY_SAMPLES, "training.rampup_batch_size=[6,1,100]"), "increment 1 is no multiple", "increment 2"),
         ((*BY_SAMPLES, "training.rampup_batch_size=[8,2,100]"), "cannot grow from 8 to 8", "training.rampup_batch_size=null"),
         (("model.hidden_dropout=1.5",), "model.hidden_dropout must be below 1", "below 1"),
         (("optimizer.lr=.nan",), "optimizer.lr must be above 0", "above 0"),
-        (("training.precision=fp16", "training.min_loss_scale=10", "training.initial_loss_scale=2"), "starts below its floor", "training.min_loss_scale=2"),
+        (
+            ("training.precision=fp16", "training.min_loss_scale=10", "training.initial_loss_scale=2"),
+            "starts below its floor",
+            "training.min_loss_scale=2",
+        ),
         (("training.loss_scale=4",), "does nothing in fp32", "training.precision=fp16"),
         (("tokenizer.vocab_size=null",), "NullTokenizer needs a vocab_size", "tokenizer.vocab_size"),
-        (("tokenizer.type=SentencePieceTokenizer", "tokenizer.tokenizer_model=gone.model", "tokenizer.vocab_size=null"), "no such file: gone.model", "yuan tokenizer train"),
+        (
+            ("tokenizer.type=SentencePieceTokenizer", "tokenizer.tokenizer_model=gone.model", "tokenizer.vocab_size=null"),
+            "no such file: gone.model",
+            "yuan tokenizer train",
+        ),
         (("data.data_path=null",), "no training data", "data.data_path=PREFIX"),
         (("data.train_data_path=data_text_document",), "but not both", "data.train_data_path=null"),
         (("data.data_path=data_text_document.bin",), "no such file", "data.data_path=data_text_document"),
         (("data.data_path=data",), "no such file: data.bin and data.idx", "data.data_path=data_text_document"),
-        (("data.data_path=x_text_document",), "no such file", "yuan preprocess --input FILE.jsonl --output-prefix x --tokenizer-type NullTokenizer --vocab-size 50"),
+        (
+            ("data.data_path=x_text_document",),
+            "no such file",
+            "yuan preprocess --input FILE.jsonl --output-prefix x --tokenizer-type NullTokenizer --vocab-size 50",
+        ),
         (("data.data_path=0.5 a 0.5 b",), "no such file", "'data.data_path=[0.5,a,0.5,b]'"),
         (("data.data_path=[0.5,data_text_document,0.5]",), "weight, prefix", "data.data_path=[0.7,"),
         (("data.split='0,1,1'",), "nothing to train on", "969,30,1"),
@@ -112,7 +198,17 @@ def test_what_is_required_is_named_all_at_once(write_recipe):
     write_recipe("empty", "# nothing\n")
     loaded = load(["recipe=empty"])
     named = " ".join(problem.what for problem in check(loaded.recipe, loaded.sources))
-    for key in ("model.num_layers", "model.hidden_size", "model.num_attention_heads", "training.seq_length", "training.micro_batch_size", "optimizer.lr", "how long", "tokenizer.vocab_file", "training data"):
+    for key in (
+        "model.num_layers",
+        "model.hidden_size",
+        "model.num_attention_heads",
+        "training.seq_length",
+        "training.micro_batch_size",
+        "optimizer.lr",
+        "how long",
+        "tokenizer.vocab_file",
+        "training data",
+    ):
         assert key in named
 
 
@@ -151,7 +247,12 @@ def test_each_set_of_a_blend_is_looked_at(problems, write_data):
     write_data("void_text_document", [0, 0, 0])
     (small,) = problems("data.data_path=[0.5,data_text_document,0.5,small_text_document]")
     assert small.what.startswith("small_text_document has 2 documents")
-    (void,) = problems("data.data_path=null", "data.split=null", "data.train_data_path=data_text_document", "data.valid_data_path=void_text_document")
+    (void,) = problems(
+        "data.data_path=null",
+        "data.split=null",
+        "data.train_data_path=data_text_document",
+        "data.valid_data_path=void_text_document",
+    )
     assert void.fix == "a data set with text in it"
 
 
@@ -165,7 +266,9 @@ def test_a_torn_index_is_refused(problems):
 def test_data_of_another_tokenizer_are_refused(problems, write_data, workspace):
     prefix = write_data("data_text_document", [20] * 20)
     (workspace / f"{prefix}.json").write_text(
-        json.dumps({"documents": 20, "tokens": 400, "tokenizer": {"type": "GPT2BPETokenizer", "sha256": "x", "vocab_size": 50257}})
+        json.dumps(
+            {"documents": 20, "tokens": 400, "tokenizer": {"type": "GPT2BPETokenizer", "sha256": "x", "vocab_size": 50257}}
+        )
     )
     (problem,) = problems()
     assert "GPT2BPETokenizer of 50257 ids, not NullTokenizer of 51" in problem.what
@@ -184,7 +287,9 @@ def test_gpus_are_counted_as_torch_would_see_them(monkeypatch):
 
 
 def test_the_other_verbs_have_their_own_checks(problems, workspace):
-    found = problems("preprocess.output_prefix=null", "preprocess.input=gone.jsonl", "training.global_batch_size=7", verb="preprocess")
+    found = problems(
+        "preprocess.output_prefix=null", "preprocess.input=gone.jsonl", "training.global_batch_size=7", verb="preprocess"
+    )
     assert [problem.what for problem in found] == ["preprocess.output_prefix is not given", "no such file: gone.jsonl"]
     (problem,) = problems("generate.top_p=1.5", "training.global_batch_size=7", verb="generate")
     assert problem.what == "generate.top_p must be at most 1, not 1.5"

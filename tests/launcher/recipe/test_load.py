@@ -22,7 +22,9 @@ def test_later_layers_win_and_each_value_knows_its_source(write_recipe):
     write_recipe("a", "training: {seed: 1, seq_length: 8, micro_batch_size: 2}\nrun: {name: from-a}\n")
     write_recipe("b", "training:\n  seed: 2\n")
     write_recipe("c", "# C\nbase: [a, b]\nmodel:\n  num_layers: 3\n")
-    loaded = load(["recipe=c", "training.seq_length=16"], {"training.micro_batch_size": (4, "--micro"), "run.dir": (None, "--dir")})
+    loaded = load(
+        ["recipe=c", "training.seq_length=16"], {"training.micro_batch_size": (4, "--micro"), "run.dir": (None, "--dir")}
+    )
     training = loaded.recipe.training
     assert (training.seed, training.seq_length, training.micro_batch_size) == (2, 16, 4)
     assert (loaded.recipe.run.name, loaded.recipe.run.dir, loaded.name) == ("from-a", "runs/from-a", "c")
@@ -65,8 +67,19 @@ def test_a_circle_of_bases_is_refused_with_its_chain(write_recipe):
 
 
 def test_all_faults_at_once_each_with_its_place(write_recipe):
-    write_recipe("a", "training:\n  seed: 1\n  train_itres: 3\n  seq_length: long\nmodle: {num_layers: 2}\nderived:\n  device: cpu\n")
-    found = faults("recipe=a", "optimizer.lr=fast", "lr=3", "oops", "training=3", "data.data_path=[a", "launch.device=gpu", "training.seed=null")
+    write_recipe(
+        "a", "training:\n  seed: 1\n  train_itres: 3\n  seq_length: long\nmodle: {num_layers: 2}\nderived:\n  device: cpu\n"
+    )
+    found = faults(
+        "recipe=a",
+        "optimizer.lr=fast",
+        "lr=3",
+        "oops",
+        "training=3",
+        "data.data_path=[a",
+        "launch.device=gpu",
+        "training.seed=null",
+    )
     assert {(fault.what, fault.where) for fault in found} == {
         ("unknown key training.train_itres", "./recipes/a.yaml:3"),
         ("training.seq_length must be a whole number or null, not 'long'", "./recipes/a.yaml:4"),
@@ -150,7 +163,9 @@ def test_another_length_of_training_puts_the_recipes_aside(write_recipe):
     assert (both.train_iters, both.train_tokens) == (5, 100)  # left for `check` to refuse
 
 
-@pytest.mark.parametrize(("where", "gpus", "precision"), [("auto", 1, "fp16"), ("auto", 0, "fp32"), ("cuda", 0, "fp16"), ("cpu", 1, "fp32")])
+@pytest.mark.parametrize(
+    ("where", "gpus", "precision"), [("auto", 1, "fp16"), ("auto", 0, "fp32"), ("cuda", 0, "fp16"), ("cpu", 1, "fp32")]
+)
 def test_a_value_may_depend_on_the_device(monkeypatch, where, gpus, precision):
     monkeypatch.setattr(device, "gpu_count", lambda: gpus)
     loaded = load(["recipe=345m_1dp", f"launch.device={where}"])

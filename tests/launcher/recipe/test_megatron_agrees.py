@@ -39,7 +39,13 @@ def test_splits_round_to_the_same_documents(shares):
     assert parse_split(text) == theirs
 
 
-@given(st.lists(st.one_of(st.sampled_from(["a", "b_text_document", "c/d"]), st.floats(0.1, 9).map(lambda x: round(x, 2))), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.one_of(st.sampled_from(["a", "b_text_document", "c/d"]), st.floats(0.1, 9).map(lambda x: round(x, 2))),
+        min_size=1,
+        max_size=6,
+    )
+)
 @settings(deadline=None)
 def test_blends_mean_the_same(words):
     from megatron.core.datasets.utils import get_blend_from_list

@@ -25,8 +25,18 @@ def derive(write_recipe):
 
 def test_model_and_processes(derive):
     r = derive()
-    assert (r.model.ffn_hidden_size, r.model.num_query_groups, r.model.kv_channels, r.model.max_position_embeddings) == (384, 4, 24, 16)
-    assert (r.derived.world_size, r.derived.data_parallel_size, r.training.global_batch_size, r.derived.num_microbatches) == (8, 2, 4, 1)
+    assert (r.model.ffn_hidden_size, r.model.num_query_groups, r.model.kv_channels, r.model.max_position_embeddings) == (
+        384,
+        4,
+        24,
+        16,
+    )
+    assert (r.derived.world_size, r.derived.data_parallel_size, r.training.global_batch_size, r.derived.num_microbatches) == (
+        8,
+        2,
+        4,
+        1,
+    )
     assert derive("model.swiglu=true").model.ffn_hidden_size == 256  # int(2/3 x 384 / 64) x 64
     assert derive("training.global_batch_size=24").derived.num_microbatches == 6
     assert derive("training.global_batch_size=25").derived.num_microbatches is None
