@@ -13,9 +13,11 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints import folder as folders
 from checkpoints.folder import CheckpointError
+from launcher.engine import optimizer_state
 from launcher.engine.data import tokenizer_of
 from launcher.engine.model import unwrap
 from launcher.engine.train import TrainState
@@ -36,14 +38,14 @@ def save(recipe: Recipe, state: TrainState, folder: Path) -> Path:
     part = folder / (folders.name_of(state.iteration) + ".part")
     if first:
         folders.begin(folder, state.iteration)
-        write_frozen(recipe, part / "recipe.yaml")
-        copy_tokenizer(recipe, part / "tokenizer")
     torch.distributed.barrier()
     (_save_torch if recipe.checkpoint.format == "torch" else _save_torch_dist)(recipe, state, part)
     torch.distributed.barrier()
     checkpoint = part.with_name(folders.name_of(state.iteration))
     if first:
-        checkpoint = folders.commit(part)
+        write_frozen(recipe, part / "recipe.yaml")
+        copy_tokenizer(recipe, part / "tokenizer")
+        folders.commit(part)
         if recipe.checkpoint.keep_last:
             folders.keep_last(folder, recipe.checkpoint.keep_last)
     torch.distributed.barrier()
@@ -63,7 +65,7 @@ def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> N
     loaded = _read(recipe, state, checkpoint, with_optimizer, with_rng)
     _load_chunks(state.chunks, loaded)
     if with_optimizer:
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     elif recipe.training.precision != "fp32" or recipe.parallel.use_distributed_optimizer:
         state.optimizer.reload_model_params()  # the fp32 copies must follow the weights
@@ -72,7 +74,6 @@ def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> N
     if resume or not options.finetune:
         state.iteration = loaded["iteration"]
         state.consumed_train_samples = loaded["args"].consumed_train_samples
-        state.consumed_valid_samples = loaded["args"].consumed_valid_samples
         state.skipped_iterations = loaded["args"].skipped_train_iterations
 
 
@@ -113,7 +114,7 @@ def _common(recipe: Recipe, state: TrainState) -> dict:
         "world_size": recipe.derived.world_size,
         "iteration": state.iteration,
         "consumed_train_samples": state.consumed_train_samples,
-        "consumed_valid_samples": state.consumed_valid_samples,
+        "consumed_valid_samples": state.consumed_valid_samples(recipe),
         "skipped_train_iterations": state.skipped_iterations,
         "fp16": recipe.training.precision == "fp16",
         "bf16": recipe.training.precision == "bf16",
@@ -162,6 +163,9 @@ def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: b
     read = _read_torch_dist if (checkpoint / "metadata.json").is_file() else _read_torch
     try:
         return read(recipe, state, checkpoint, with_optimizer, with_rng)
+    except CheckpointException as error:  # torch's, not an Exception; its text is every rank's traceback
+        cause = next((cause for cause, _ in error.failures.values()), error)
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {type(cause).__name__}: {cause}") from error
     except (OSError, RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -195,14 +199,19 @@ def _sharded_state(recipe: Recipe, state: TrainState, loading: bool, with_optimi
 
 
 def _save_torch_dist(recipe: Recipe, state: TrainState, part: Path) -> None:
-    # megatron-core warns where the folder is not empty; it writes beside recipe.yaml and tokenizer/.
     sharded = _sharded_state(recipe, state, loading=False, with_optimizer=True, with_rng=True)
     dist_checkpointing.save(sharded, str(part), ("torch_dist", 1), content_metadata=dict(METADATA))
 
 
 def _read_torch_dist(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: bool, with_rng: bool) -> dict:
     sharded = _sharded_state(recipe, state, loading=True, with_optimizer=with_optimizer, with_rng=with_rng)
-    return dist_checkpointing.load(sharded, str(checkpoint))
+    if not with_optimizer:
+        return dist_checkpointing.load(sharded, str(checkpoint))
+    saved, distributed = optimizer_state.saved_form(checkpoint), optimizer_state.is_distributed(state.optimizer)
+    optimizer_state.ask_for(sharded["optimizer"], saved, distributed)
+    loaded = dist_checkpointing.load(sharded, str(checkpoint))
+    loaded["optimizer"] = optimizer_state.nest_as(loaded["optimizer"], saved, distributed)
+    return loaded
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
@@ -241,5 +250,5 @@ def _read_torch(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimi
     # mmap: only what is used is read; weights_only: nothing in the file is executed.
     loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if with_optimizer and recipe.parallel.use_distributed_optimizer:
-        state.optimizer.load_parameter_state(str(path.with_name("distrib_optim.pt")))
+        loaded["optimizer"]["param_state_file"] = path.with_name("distrib_optim.pt")
     return loaded

@@ -33,11 +33,11 @@ class SequentialBatches:
 
 
 def sample_counts(recipe: Recipe) -> list[int]:
-    """Samples of the train, validation and test sets that the whole run consumes, as Megatron-LM counts them."""
+    """Samples of the train, validation and test sets that the whole run may consume, as Megatron-LM counts them."""
     training, derived = recipe.training, recipe.derived
     evaluation = training.eval_iters * training.global_batch_size
-    iterations = derived.train_iters or derived.train_samples // training.global_batch_size
-    return [derived.train_samples, (iterations // training.eval_interval + 1) * evaluation, evaluation]
+    train = training.train_samples or derived.train_samples
+    return [train, (derived.train_iters // training.eval_interval + 1) * evaluation, evaluation]
 
 
 def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Dataset | None]:

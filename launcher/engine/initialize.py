@@ -1,5 +1,6 @@
 """Process groups and seeds: what a rank does before it builds a model."""
 
+import logging
 import os
 import random
 from datetime import timedelta
@@ -29,6 +30,8 @@ def initialize(recipe: Recipe) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         cpu_port.install()
+        # With one generator for both parts, drawing dropout inside a "GPU" context does move the CPU's: said at each layer.
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
         if recipe.launch.cpu_threads:
             torch.set_num_threads(recipe.launch.cpu_threads)
     from megatron.core import parallel_state, tensor_parallel

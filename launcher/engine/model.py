@@ -57,7 +57,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=on_cpu,
-        deallocate_pipeline_outputs=True,
+        # gloo sends from the tensor's memory after the call returns; megatron-core would have freed it by then.
+        deallocate_pipeline_outputs=not on_cpu,
         # Interleaving sends and receives in pairs as they come; otherwise NCCL batches them. gloo cannot batch.
         overlap_p2p_comm=virtual_pipeline_size(recipe) is not None,
         batch_p2p_comm=not on_cpu and virtual_pipeline_size(recipe) is None,

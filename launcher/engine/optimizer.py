@@ -5,6 +5,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from launcher.engine.model import DTYPES
+from launcher.engine.optimizer_state import initialize_state
 from launcher.recipe.schema import Recipe
 
 
@@ -32,7 +33,9 @@ def build_optimizer(recipe: Recipe, chunks: list) -> MegatronOptimizer:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, chunks)
+    built = get_megatron_optimizer(config, chunks)
+    initialize_state(built)
+    return built
 
 
 def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

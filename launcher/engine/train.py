@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from megatron.core import num_microbatches_calculator as microbatches
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
@@ -28,8 +27,12 @@ class TrainState:
     scheduler: object
     iteration: int = 0
     consumed_train_samples: int = 0
-    consumed_valid_samples: int = 0
     skipped_iterations: int = 0
+
+    def consumed_valid_samples(self, recipe: Recipe) -> int:
+        """Where the next evaluation reads on: each one so far took eval_iters global batches."""
+        training = recipe.training
+        return self.iteration // training.eval_interval * training.eval_iters * training.global_batch_size
 
 
 @dataclass
@@ -81,25 +84,23 @@ def train_step(recipe: Recipe, state: TrainState, batches: list) -> tuple[torch.
     return totals[0] / totals[1].clamp(min=1), grad_norm, updated
 
 
-def evaluate(recipe: Recipe, state: TrainState, batches: list, stop=None) -> float | None:
+def evaluate(recipe: Recipe, state: TrainState, batches: list, stop) -> float | None:
     """Mean loss per token over training.eval_iters global batches, without dropout; None when `stop` asks to end."""
     for chunk in state.chunks:
         chunk.eval()
     count = recipe.training.global_batch_size // (recipe.training.micro_batch_size * recipe.derived.data_parallel_size)
     totals = torch.zeros(2, device="cuda")
+    stopped = False
     with torch.no_grad():
         for _ in range(recipe.training.eval_iters):
-            if stop is not None and agreed(stop.requested is not None):
+            stopped = agreed(stop.requested is not None)
+            if stopped:
                 break
             totals += run_microbatches(recipe, state.chunks, batches, count, forward_only=True)
-        else:
-            stop = None
     for chunk in state.chunks:
         chunk.train()
-    if stop is not None:
-        return None
     total, tokens = from_last_stage(totals).tolist()
-    return total / max(tokens, 1)
+    return None if stopped else total / max(tokens, 1)
 
 
 def agreed(*flags: bool) -> bool | list[bool]:
@@ -114,16 +115,17 @@ class Trainer:
     """Runs a recipe from the state's step to the end, a signal or a time limit."""
 
     def __init__(self, recipe: Recipe, state: TrainState, stop, progress, save):
-        """`stop.requested` names a signal once one came; `progress` writes metrics; `save(state)` writes a checkpoint."""
+        """`stop.requested` names a signal once one came; `progress`, on rank 0, writes metrics; `save(state)` writes a
+        checkpoint on all ranks together."""
         self.recipe, self.state, self.stop, self.progress, self.save = recipe, state, stop, progress, save
         self.started = time.monotonic()
         self.saved_at = state.iteration
         self.window = Window()
         self.flops_per_token = model.flops_per_token(recipe)
-        train, valid, test = data.build_datasets(recipe)
+        train, valid, self.test = data.build_datasets(recipe)
         self.batches = self._loaders(train, state.consumed_train_samples)
-        self.valid_batches = self._loaders(valid, state.consumed_valid_samples)
-        self.test = test
+        self.valid_batches = self._loaders(valid, state.consumed_valid_samples(recipe))
+        self.has_valid, self.has_test = agreed(valid is not None, self.test is not None)
 
     def _loaders(self, dataset, consumed: int) -> list:
         """One iterator per model chunk: under interleaving each chunk walks the same batches by itself."""
@@ -136,18 +138,19 @@ class Trainer:
             chunk.train()
         microbatches.update_num_microbatches(state.consumed_train_samples, consistency_check=False)
         self.window = Window()
-        while state.consumed_train_samples < recipe.derived.train_samples:
+        while not self._complete():
             microbatches.update_num_microbatches(state.consumed_train_samples, consistency_check=True)
             self._step()
             every = recipe.checkpoint.save_interval
             if every and state.iteration % every == 0:
                 self._save()
             reason = self._why_stop()
-            if reason:
+            if reason and not self._complete():
                 self._save()
                 return reason
         self._save()
-        self._final_evaluation()
+        self._evaluate("final validation", self.has_valid, self.valid_batches)
+        self._evaluate("test", self.has_test, self._loaders(self.test, 0))
         return None
 
     def _step(self) -> None:
@@ -157,25 +160,20 @@ class Trainer:
         self.window.losses.append(loss)
         self.window.tokens += microbatches.get_current_global_batch_size() * recipe.training.seq_length
         self.window.skipped += not updated
-        if state.iteration % recipe.logging.log_interval == 0 or self._complete() or self._first():
+        if state.iteration % recipe.logging.log_interval == 0 or state.iteration == 1 or self._complete():
             self._log(grad_norm)
-        training = recipe.training
-        if training.eval_iters and state.iteration % training.eval_interval == 0 and not self._complete():
-            self._evaluate("validation", self.valid_batches)
-        elif training.eval_iters and state.iteration % training.eval_interval == 0:
-            self._evaluate("validation", self.valid_batches)
+        elif self.progress is not None:
+            self.progress.step(state.iteration)
+        if state.iteration % recipe.training.eval_interval == 0:
+            self._evaluate("validation", self.has_valid, self.valid_batches)
 
     def _complete(self) -> bool:
-        return self.state.consumed_train_samples >= self.recipe.derived.train_samples
-
-    def _first(self) -> bool:
-        return self.state.iteration == self.saved_at + 1 and self.state.iteration == 1
+        return self.state.iteration >= self.recipe.derived.train_iters
 
     def _refuse_not_finite(self, loss: torch.Tensor, grad_norm: float | None) -> None:
         if self.recipe.training.precision == "fp16" and self.recipe.training.loss_scale is None:
             return  # the dynamic loss scale skips such steps
-        broken = not math.isfinite(grad_norm or 0.0) or not bool(torch.isfinite(loss))
-        if agreed(broken):
+        if agreed(not (math.isfinite(grad_norm or 0.0) and bool(torch.isfinite(loss)))):
             raise NotFinite(
                 f"the loss or the gradient is not finite at iteration {self.state.iteration} (gradient norm {grad_norm}); "
                 f"this step is not saved, the newest checkpoint is of iteration {self.saved_at}"
@@ -186,54 +184,36 @@ class Trainer:
         loss = from_last_stage(torch.stack(window.losses).mean()).item()
         seconds = (time.perf_counter() - window.start) / len(window.losses)
         tokens = window.tokens / len(window.losses)
-        left = recipe.derived.train_samples - state.consumed_train_samples
-        batch = microbatches.get_current_global_batch_size()
+        record = {
+            "iteration": state.iteration,
+            "train_iters": recipe.derived.train_iters,
+            "consumed_samples": state.consumed_train_samples,
+            "lm_loss": loss,
+            "learning_rate": get_canonical_lr_for_logging(state.optimizer.param_groups),
+            "grad_norm": grad_norm,
+            "loss_scale": state.optimizer.get_loss_scale().item(),
+            "global_batch_size": microbatches.get_current_global_batch_size(),
+            "skipped_iterations": window.skipped,
+            "nan_iterations": 0,
+            "iteration_time_ms": seconds * 1000,
+            "tokens_per_second": tokens / seconds,
+            "tflops": tokens * self.flops_per_token / seconds / 1e12 / recipe.derived.world_size,
+            "memory_gib": memory_gib(),
+            "eta_s": seconds * (recipe.derived.train_iters - state.iteration),
+        }
         if self.progress is not None:
-            self.progress.train(
-                {
-                    "iteration": state.iteration,
-                    "train_iters": recipe.derived.train_iters or state.iteration + -(-left // batch),
-                    "consumed_samples": state.consumed_train_samples,
-                    "lm_loss": loss,
-                    "learning_rate": get_canonical_lr_for_logging(state.optimizer.param_groups),
-                    "grad_norm": grad_norm,
-                    "loss_scale": state.optimizer.get_loss_scale().item(),
-                    "global_batch_size": batch,
-                    "skipped_iterations": window.skipped,
-                    "nan_iterations": 0,
-                    "iteration_time_ms": seconds * 1000,
-                    "tokens_per_second": tokens / seconds,
-                    "tflops": tokens * self.flops_per_token / seconds / 1e12 / recipe.derived.world_size,
-                    "memory_gib": memory_gib(),
-                    "eta_s": seconds * -(-left // batch),
-                    "time": time.time(),
-                }
-            )
+            self.progress.train(record)
         self.window = Window()
 
-    def _evaluate(self, name: str, batches: list) -> None:
-        started = time.perf_counter()
-        loss = evaluate(self.recipe, self.state, batches, self.stop)
-        training = self.recipe.training
-        if name == "validation":
-            self.state.consumed_valid_samples += training.eval_iters * training.global_batch_size
-        if loss is not None and self.progress is not None:
-            self.progress.validation(
-                {
-                    "iteration": self.state.iteration,
-                    "consumed_samples": self.state.consumed_train_samples,
-                    "set": name,
-                    "lm_loss_validation": loss,
-                    "ppl": model.perplexity(loss),
-                }
-            )
-        self.window.start += time.perf_counter() - started
-
-    def _final_evaluation(self) -> None:
-        if not self.recipe.training.eval_iters:
+    def _evaluate(self, name: str, there: bool, batches: list) -> None:
+        training, started = self.recipe.training, time.perf_counter()
+        if not there or not training.eval_iters:
             return
-        self._evaluate("final validation", self.valid_batches)
-        self._evaluate("test", self._loaders(self.test, 0))
+        loss = evaluate(self.recipe, self.state, batches, self.stop)
+        if loss is not None and self.progress is not None:
+            at = {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_train_samples}
+            self.progress.validation(at | {"set": name, "lm_loss_validation": loss, "ppl": model.perplexity(loss)})
+        self.window.start += time.perf_counter() - started
 
     def _save(self) -> None:
         if self.saved_at != self.state.iteration:
@@ -250,18 +230,13 @@ class Trainer:
             return self.stop.requested or "a signal to another rank"
         if over:
             return f"training.exit_duration_in_mins={training.exit_duration_in_mins}"
-        if training.exit_interval and self.state.iteration % training.exit_interval == 0 and not self._complete():
+        if training.exit_interval and self.state.iteration % training.exit_interval == 0:
             return f"training.exit_interval={training.exit_interval}"
         return None
 
 
 def memory_gib() -> float:
-    """Peak memory of this rank's GPU, or resident memory of its process, in GiB."""
+    """Peak memory of this rank's GPU, or of its process on a CPU, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def is_logging_rank() -> bool:
-    """Rank 0 writes metrics, whichever rank computes the loss."""
-    return torch.distributed.get_rank() == 0 and parallel_state.model_parallel_is_initialized()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -33,7 +33,7 @@ class Sampler:
             seen: [b, vocab_size], true for the tokens of the prompt and the answer so far; needed with a penalty.
         """
         logits = logits[:, : self.vocab_size].float()
-        broken = ~torch.isfinite(logits).all(dim=-1)
+        broken = ~torch.isfinite(logits.amax(dim=-1))  # NaN spreads to the maximum; cheaper than asking every logit
         if self.penalised:
             penalty = self.options.repetition_penalty
             logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

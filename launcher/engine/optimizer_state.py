@@ -1,0 +1,126 @@
+"""Adam's state: made before the first step, and carried between the plain and the distributed optimizer.
+
+megatron-core saves both forms as one tensor per parameter and moment, but names and nests them apart, so that its own
+loader cannot turn one into the other:
+
+    plain         optimizer.param_groups, optimizer.state.common_step     fp32 weights: the model's, or state.fp32_param.*
+    distributed   optimizer.optimizer.param_groups[*].step                fp32 weights: state.param.*
+
+Here what is asked of a checkpoint is renamed to what it holds, and what it gave is nested as the optimizer expects it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+
+PREFIX = "optimizer.state."
+
+
+def initialize_state(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its zero moments now.
+
+    torch makes them at the first step; a run whose first steps overflow in fp16 would save a checkpoint without them.
+    """
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if adam is None:
+            continue
+        part.init_state_fn(adam, part.config)
+        if isinstance(adam, torch.optim.AdamW):
+            for state in adam.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+    use_fused(optimizer)
+
+
+def use_fused(optimizer: MegatronOptimizer) -> None:
+    """torch's fused AdamW: one pass over memory. The default makes temporaries as large as the weights."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
+                for parameter in group["params"]:
+                    state = part.optimizer.state[parameter]
+                    # A copy each: megatron-core loads one tensor into all of them, and fused AdamW counts in place.
+                    state["step"] = torch.tensor(float(state["step"]), device=parameter.device)
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether the state is shared out over the data-parallel ranks."""
+    return isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
+
+
+def saved_form(checkpoint: Path) -> str:
+    """`distributed`, `fp32` or `mixed` (plain with fp32 copies of 16-bit weights): how a torch_dist checkpoint was saved."""
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint))["optimizer"]
+    if "param_state_sharding_type" in saved:
+        return "distributed"
+    return "mixed" if "optimizer" in saved else "fp32"
+
+
+def ask_for(sharded_optimizer: dict, saved: str, distributed: bool) -> None:
+    """Rename the fp32 weights asked for, in place, to the name under which a checkpoint of form `saved` holds them."""
+    if distributed == (saved == "distributed"):
+        return
+    if saved == "fp32":  # its fp32 weights are the model's own: `load_state` takes them from there
+        for tensors in sharded_optimizer["param_state"].values():
+            tensors.pop("param")
+        return
+    old = PREFIX + ("param." if distributed else "fp32_param.")
+    new = PREFIX + ("param." if saved == "distributed" else "fp32_param.")
+
+    def rename(value):
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and value.key.startswith(old):
+            return replace(value, key=new + value.key.removeprefix(old))
+        return value
+
+    dict_list_map_inplace(rename, sharded_optimizer)
+
+
+def nest_as(loaded: dict, saved: str, distributed: bool) -> dict:
+    """A loaded optimizer state of form `saved`, nested as the plain or the distributed optimizer loads it."""
+    if distributed == (saved == "distributed"):
+        return loaded
+    if distributed:
+        inner = loaded.pop("optimizer", loaded) if saved == "mixed" else loaded
+        step = float(inner.pop("state")["common_step"])
+        groups = [{k: v for k, v in group.items() if k != "params"} | {"step": step} for group in inner.pop("param_groups")]
+        return loaded | {"optimizer": {"param_groups": groups}}
+    # Plain fp32 has its state at the top, plain 16-bit one level down, where the distributed one keeps its groups too.
+    groups = loaded["optimizer"]["param_groups"]
+    inner = loaded if "state" in loaded else loaded["optimizer"]
+    asked = inner["param_groups"]
+    step = torch.tensor(float(groups[0]["step"]))
+    merged = [{k: v for k, v in group.items() if k != "step"} | {"params": own["params"]} for group, own in zip(groups, asked)]
+    inner["param_groups"] = merged
+    inner["state"]["common_step"] = step
+    if inner is loaded:
+        loaded.pop("optimizer")
+    return loaded
+
+
+def load_state(optimizer: MegatronOptimizer, loaded: dict) -> None:
+    """Load a state of `nest_as`, or one of the torch layout with `param_state_file`, the path of its distrib_optim.pt.
+
+    The model's weights must have been loaded before.
+    """
+    tensors, file = loaded.pop("param_state", None), loaded.pop("param_state_file", None)
+    optimizer.load_state_dict(loaded)
+    if tensors is not None or file is not None:
+        part = optimizer.chained_optimizers[0]
+        # megatron-core looks for the saved tensor of every entry of torch's state, and saves none for `step`.
+        steps = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items() if "step" in state}
+        with torch.no_grad():
+            if file is not None:
+                part.load_parameter_state(str(file))
+            else:
+                for index, parameter in enumerate(p for buffer in part.buffers for p in buffer.param_index_map):
+                    tensors[index].setdefault("param", parameter.detach())
+                part.load_parameter_state_from_fully_reshardable(tensors)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step
+    use_fused(optimizer)
