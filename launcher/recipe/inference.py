@@ -33,7 +33,7 @@ def find_checkpoint(loaded: Loaded, runs: Path = Path("runs")) -> tuple[Path, li
     """
     if loaded.recipe.generate.load is not None:
         return _of(Path(loaded.recipe.generate.load), f"generate.load ({loaded.sources['generate.load']})"), []
-    if describes_model(loaded.recipe):
+    if describes_model(loaded):
         return _of(Path(loaded.recipe.run.dir), f"run.dir of recipe {loaded.name}"), []
     trackers = sorted(runs.glob(f"*/checkpoints/{TRACKER}"), key=lambda path: path.stat().st_mtime, reverse=True)
     passed = []
@@ -53,9 +53,14 @@ def _of(path: Path, where: str) -> Path:
         raise UserError(str(error), where, "give a run folder, a checkpoints folder or an iter_ folder: --load PATH") from None
 
 
-def describes_model(recipe: Recipe) -> bool:
-    """Whether a recipe says what is trained, and not only how to generate."""
-    return recipe.model.num_layers is not None
+def describes_model(loaded: Loaded) -> bool:
+    """Whether the named recipe says what is trained, and not only how to generate."""
+    from_files = (key for key, source in loaded.sources.items() if source not in ("default", "derived") and not _typed(source))
+    return any(key.startswith("model.") for key in from_files)
+
+
+def _typed(source: str) -> bool:
+    return source.startswith(("--", "command line"))
 
 
 def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str, str]]:
@@ -97,7 +102,7 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
 def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
-        if describes_model(loaded.recipe):
+        if describes_model(loaded):
             return loaded.recipe
         raise UserError("the checkpoint holds no recipe of its own", str(path), "name the recipe that describes its model: recipe=NAME")
     try:
@@ -112,8 +117,8 @@ def _taken(loaded: Loaded, described: bool) -> list[str]:
     Of a recipe that trains a model only `generate.*` is taken: the checkpoint knows what it was really trained with.
     """
     given = {key: source for key, source in loaded.sources.items() if source not in ("default", "derived")}
-    typed = {key for key, source in given.items() if source.startswith(("--", "command line"))}
-    wanted = typed if describes_model(loaded.recipe) else set(given)
+    typed = {key for key, source in given.items() if _typed(source)}
+    wanted = typed if describes_model(loaded) else set(given)
     free = {key for key in wanted if key.split(".")[0] in FREE_GROUPS or key in FREE_KEYS}
     faults = []
     for key in sorted(wanted - free):

@@ -1,9 +1,14 @@
-"""A rank of test_generate.py. `run.name` says what it does: `make` checkpoints and references, or `answer` from them."""
+"""A rank of the tests of generation. `run.name` says what it does: `make` checkpoints and references, or `answer` from them."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+from launcher.launch.torchrun import launch
+from launcher.recipe.frozen import write_frozen
+from launcher.recipe.resolve import resolve
+from launcher.recipe.schema import Recipe
+from launcher.run.folder import RunFolder
 from launcher.workers.entry import run_worker
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7], [2, 7, 1, 8, 2, 8], [9, 9], [6, 28, 49, 6, 12, 0, 13]]
@@ -20,6 +25,32 @@ FAMILIES = {
         "untie_embeddings_and_output_weights": True,
     },
 }
+
+
+def tiny(name: str, tp: int = 1, pp: int = 1) -> Recipe:
+    """A model of 4 layers and 50 ids (14 more are padding), for 24 positions."""
+    recipe = Recipe()
+    m, t = recipe.model, recipe.training
+    m.num_layers, m.hidden_size, m.num_attention_heads, m.init_method_std = 4, 32, 4, 0.3  # large: answers that vary
+    m.attention_dropout = m.hidden_dropout = 0.0
+    m.make_vocab_size_divisible_by = 32
+    t.seq_length = m.max_position_embeddings = 24
+    t.micro_batch_size, t.train_iters, recipe.optimizer.lr = 1, 1, 1e-3
+    recipe.tokenizer.type, recipe.tokenizer.vocab_size = "NullTokenizer", 49
+    recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size = tp, pp
+    recipe.launch.device, recipe.launch.nproc_per_node, recipe.launch.cpu_threads = "cpu", tp * pp, 1
+    recipe.run.name = name
+    resolve(recipe, {}, name)
+    return recipe
+
+
+def run(path: Path, recipe: Recipe) -> dict:
+    """Run this file on the recipe's ranks with the run folder `path`; what rank 0 found."""
+    folder = RunFolder(path)
+    folder.logs.mkdir(parents=True)
+    write_frozen(recipe, folder.recipe)
+    assert launch(recipe, folder, Path(__file__), "test") == 0
+    return json.loads((path / "result.json").read_text())
 
 
 def of_family(recipe, family):
@@ -72,7 +103,7 @@ def answer(recipe, folder):
     for family in FAMILIES:
         one = of_family(recipe, family)
         chunks = build_chunks(one, generation_config(one))
-        load_weights(one, chunks, newest_checkpoint(folder.path.parent / "make" / family))
+        load_weights(one, chunks, newest_checkpoint(folder.path.parent / "trained" / family))
         model = CachedModel(one, chunks)
 
         def run(prompts, model=model, **options):
