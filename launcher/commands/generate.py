@@ -13,34 +13,47 @@ import typer
 import launcher.workers
 from launcher.errors import UserError, raise_all
 from launcher.launch.torchrun import launch
-from launcher.recipe import Loaded
+from launcher.recipe import Loaded, check_layout, check_model
 from launcher.recipe import load as load_recipe
-from launcher.recipe import check_layout, check_model
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.inference import find_checkpoint, inference_recipe
 from launcher.recipe.problem import Case
 from launcher.recipe.schema import Generate, Recipe
 from launcher.run.folder import RunFolder
+from launcher.workers.generate import SUMMARY
 
 WORKER = Path(launcher.workers.__file__).with_name("generate.py")
-CHECKS = (check_model.generation_ranges, check_layout.world, check_layout.tensor_parallel, check_layout.pipeline, check_layout.machines)
+CHECKS = (
+    check_model.generation_ranges,
+    check_layout.world,
+    check_layout.tensor_parallel,
+    check_layout.pipeline,
+    check_layout.machines,
+)
+_INPUT_HELP = "JSONL with query (or prompt, text, or instruction and input) on each line."
+_GREEDY_HELP = "Always the likeliest token; so it is too where no option of sampling is given."
+_TOP_P_HELP = "Sample among the likeliest tokens whose probabilities add up to p."
+_PENALTY_HELP = "Above 1 makes tokens already seen less likely."
 _LOAD_HELP = "Run folder or checkpoint. Default: the newest checkpoint under runs/."
 _OUTPUT_HELP = "One answer per line, newlines escaped; a name ending in .jsonl gets whole records. Default: output.txt."
 
 
 def generate(
-    words: Annotated[Optional[list[str]], typer.Argument(metavar="[recipe=NAME] [KEY=VALUE]...", help="A recipe, and values that override its own.")] = None,  # noqa: UP007
-    input: Annotated[Optional[str], typer.Option("--input", help="JSONL with query (or prompt, text, or instruction and input) on each line.")] = None,  # noqa: UP007
-    output: Annotated[Optional[str], typer.Option("--output", help=_OUTPUT_HELP)] = None,  # noqa: UP007
-    load: Annotated[Optional[str], typer.Option("--load", help=_LOAD_HELP)] = None,  # noqa: UP007
-    max_new_tokens: Annotated[Optional[int], typer.Option("--max-new-tokens", help="Longest answer in tokens.")] = None,  # noqa: UP007
-    batch_size: Annotated[Optional[int], typer.Option("--batch-size", help="Prompts answered side by side.")] = None,  # noqa: UP007
-    greedy: Annotated[Optional[bool], typer.Option("--greedy/--no-greedy", help="Always the likeliest token; so it is too where no option of sampling is given.")] = None,  # noqa: UP007
-    temperature: Annotated[Optional[float], typer.Option("--temperature", help="Sample; divides the logits. 0 is greedy.")] = None,  # noqa: UP007
-    top_k: Annotated[Optional[int], typer.Option("--top-k", help="Sample among the k likeliest tokens.")] = None,  # noqa: UP007
-    top_p: Annotated[Optional[float], typer.Option("--top-p", help="Sample among the likeliest tokens whose probabilities add up to p.")] = None,  # noqa: UP007
-    repetition_penalty: Annotated[Optional[float], typer.Option("--repetition-penalty", help="Above 1 makes tokens already seen less likely.")] = None,  # noqa: UP007
-    seed: Annotated[Optional[int], typer.Option("--seed", help="Seed of the sampling.")] = None,  # noqa: UP007
+    words: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[recipe=NAME] [KEY=VALUE]...", help="A recipe, and values that override its own."),
+    ] = None,
+    input: Annotated[Optional[str], typer.Option("--input", help=_INPUT_HELP)] = None,
+    output: Annotated[Optional[str], typer.Option("--output", help=_OUTPUT_HELP)] = None,
+    load: Annotated[Optional[str], typer.Option("--load", help=_LOAD_HELP)] = None,
+    max_new_tokens: Annotated[Optional[int], typer.Option("--max-new-tokens", help="Longest answer in tokens.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option("--batch-size", help="Prompts answered side by side.")] = None,
+    greedy: Annotated[Optional[bool], typer.Option("--greedy/--no-greedy", help=_GREEDY_HELP)] = None,
+    temperature: Annotated[Optional[float], typer.Option("--temperature", help="Sample; divides the logits.")] = None,
+    top_k: Annotated[Optional[int], typer.Option("--top-k", help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[Optional[float], typer.Option("--top-p", help=_TOP_P_HELP)] = None,
+    repetition_penalty: Annotated[Optional[float], typer.Option("--repetition-penalty", help=_PENALTY_HELP)] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", help="Seed of the sampling.")] = None,
 ) -> None:
     """Answer every line of a JSONL file with a trained model.
 
@@ -71,7 +84,8 @@ def _check_files(loaded: Loaded) -> None:
     options, faults = loaded.recipe.generate, []
     example = '{"query": "What is a list?"}'
     if options.input is None:
-        faults.append(UserError("generate.input is not given", "command line", f"--input FILE.jsonl, with {example} on each line"))
+        fix = f"--input FILE.jsonl, with {example} on each line"
+        faults.append(UserError("generate.input is not given", "command line", fix))
     else:
         try:
             check_readable(Path(options.input))
@@ -88,12 +102,14 @@ def _check_files(loaded: Loaded) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the output's folder cannot be made: {error.strerror}", str(output.parent), "give another --output") from None
+        what = f"the output's folder cannot be made: {error.strerror}"
+        raise UserError(what, str(output.parent), "give another --output") from None
 
 
 def _plan(recipe: Recipe) -> str:
     parallel, derived, options = recipe.parallel, recipe.derived, recipe.generate
-    layout = f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, DP {derived.data_parallel_size}"
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layout = f"TP {tp}, PP {pp}, DP {derived.data_parallel_size}"
     return "\n".join(
         [
             f"model      {options.load}",
@@ -111,27 +127,27 @@ def _sampling(options: Generate) -> str:
         words += [f"top-k {options.top_k}"] if options.top_k else []
         words += [f"top-p {options.top_p:g}"] if options.top_p else []
         words += [f"seed {options.seed}"]
-    return ", ".join(words + ([f"repetition penalty {options.repetition_penalty:g}"] if options.repetition_penalty != 1 else []))
+    words += [f"repetition penalty {options.repetition_penalty:g}"] if options.repetition_penalty != 1 else []
+    return ", ".join(words)
 
 
 def _run(recipe: Recipe) -> int:
-    """Launch the ranks from a folder of their own, which stays only where something went wrong and it holds the logs."""
+    """Launch the ranks from a folder of their own, which stays only where ranks died and it holds their logs."""
     folder = RunFolder(tempfile.mkdtemp(prefix="yuan-generate-"))
+    died = False
     try:
         folder.logs.mkdir()
         write_frozen(recipe, folder.recipe)
         code = launch(recipe, folder, WORKER, "generate")
-    except UserError:
-        shutil.rmtree(folder.path, ignore_errors=True)
-        raise
-    summary = folder.path / "summary.json"
-    if code == 0 and summary.is_file():
-        code = _report(json.loads(summary.read_text(encoding="utf-8")))
-    elif recipe.launch.node_rank == 0:
-        code = code or 1  # stopped before the first answer
-    if code == 0:
-        shutil.rmtree(folder.path, ignore_errors=True)
-    return code
+        summary, died = folder.path / SUMMARY, code != 0
+        if died or recipe.launch.node_rank > 0:
+            return code
+        if not summary.is_file():
+            return 1  # stopped before the model was there
+        return _report(json.loads(summary.read_text(encoding="utf-8")))
+    finally:
+        if not died:
+            shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _report(summary: dict) -> int:
@@ -145,8 +161,8 @@ def _report(summary: dict) -> int:
     rate = f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
     typer.echo(f"answered   {summary['answered']:,} {'line' if summary['answered'] == 1 else 'lines'}, {rate}", err=True)
     if summary["bad"]:
-        count = summary["bad"]
-        typer.echo(f"warning: {count:,} {'line was' if count == 1 else 'lines were'} not answered; the output says why in their place:", err=True)
+        count = f"{summary['bad']:,} {'line was' if summary['bad'] == 1 else 'lines were'}"
+        typer.echo(f"warning: {count} not answered; the output says why in their place:", err=True)
         for number, error in summary["first_bad"]:
             typer.echo(f"    line {number}: {_shorten(escape(error))}", err=True)
     typer.echo(f"output     {summary['output']}", err=True)

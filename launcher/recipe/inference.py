@@ -9,7 +9,7 @@ from checkpoints.folder import TRACKER, CheckpointError, newest_checkpoint
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
 from launcher.recipe.frozen import read_frozen
-from launcher.recipe.resolve import resolve
+from launcher.recipe.resolve import keep_padded_vocabulary, resolve
 from launcher.recipe.schema import Derived, Launch, Parallel, Recipe
 
 # How the stages of a pipeline are cut: of no meaning for another number of stages.
@@ -94,8 +94,7 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
     _use_copied_tokenizer(base, checkpoint)
     _choose_greedy(base, loaded.sources)
     resolve(base, sources, base.run.name or loaded.name)
-    if padded and padded % max(1, parallel.tensor_model_parallel_size) == 0:
-        base.derived.padded_vocab_size = padded
+    keep_padded_vocabulary(base, padded)
     return base, sources
 
 
@@ -104,7 +103,8 @@ def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
     if not path.is_file():
         if describes_model(loaded):
             return loaded.recipe
-        raise UserError("the checkpoint holds no recipe of its own", str(path), "name the recipe that describes its model: recipe=NAME")
+        fix = "name the recipe that describes its model: recipe=NAME"
+        raise UserError("the checkpoint holds no recipe of its own", str(path), fix)
     try:
         return read_frozen(path)
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
@@ -136,9 +136,10 @@ def _refuse_other_layout(recipe: Recipe, trained: Parallel, checkpoint: Path) ->
     if recipe.checkpoint.format != "torch" or (checkpoint / "metadata.json").is_file():
         return
     layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    changed = [f"parallel.{key}={getattr(trained, key)}" for key in layout if getattr(trained, key) != getattr(recipe.parallel, key)]
+    changed = [key for key in layout if getattr(trained, key) != getattr(recipe.parallel, key)]
     if changed:
-        raise UserError("a checkpoint of the torch format is loaded at the TP and PP that saved it", str(checkpoint), " ".join(changed))
+        what = "a checkpoint of the torch format is loaded at the TP and PP that saved it"
+        raise UserError(what, str(checkpoint), " ".join(f"parallel.{key}={getattr(trained, key)}" for key in changed))
 
 
 def _use_copied_tokenizer(recipe: Recipe, checkpoint: Path) -> None:

@@ -125,7 +125,7 @@ class Training:
     """Steps between evaluations on the validation set."""
     eval_iters: int = 100
     """Batches per evaluation; 0 turns it off."""
-    exit_duration_in_mins: Optional[int] = None
+    exit_duration_in_mins: Optional[float] = None
     """Save and stop after this many minutes."""
     exit_interval: Optional[int] = None
     """Save and stop at a step divisible by this."""
@@ -312,7 +312,7 @@ class Generate:
     top_p: float = 0.0
     """Sample among the likeliest tokens whose probabilities add up to p; 0 is off."""
     greedy: bool = False
-    """Always the likeliest token."""
+    """Always the likeliest token. So it is too where none of greedy, temperature, top_k and top_p is given."""
     repetition_penalty: float = 1.0
     """Divides the positive and multiplies the negative logits of tokens already seen; 1 is off."""
     seed: int = 1234

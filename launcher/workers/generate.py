@@ -34,6 +34,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     torch.distributed.broadcast_object_list(shared, src=0)
     prompts = shared[0]
     model = load_model(recipe)
+    print(f"loaded {recipe.generate.load}; {len(prompts)} prompts to answer")
     live = Live(len(prompts), recipe.derived.data_parallel_size) if first and prompts else None
     started = time.monotonic()
     answers = answer_all(recipe, model, prompts, tokenizer, stop, Meter(live.show if live else lambda *_: None))

@@ -50,7 +50,9 @@ def to_prompts(recipe: Recipe, tokenizer: Tokenizer, lines: list[Line]) -> list[
     return prompts
 
 
-def answer_all(recipe: Recipe, model: CachedModel, prompts: list[Prompt], tokenizer: Tokenizer, stop, meter: Meter) -> list[Answer] | None:
+def answer_all(
+    recipe: Recipe, model: CachedModel, prompts: list[Prompt], tokenizer: Tokenizer, stop, meter: Meter
+) -> list[Answer] | None:
     """Answers in any order; on rank 0 alone, None elsewhere. After `stop.requested` the rest is left out.
 
     Every rank calls it with the same prompts.

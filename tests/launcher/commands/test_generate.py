@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_with_nothing_but_an_input_the_newest_checkpoint_answers(project, traine
 
 
 def test_two_replicas_write_whole_records_in_order(project, trained):
-    done = yuan("--input", "in.jsonl", "--output", "new/x.jsonl", "--load", "runs/llama", "--batch-size", "1", "launch.nproc_per_node=2")
+    options = ("--output", "new/x.jsonl", "--load", "runs/llama", "--batch-size", "1")
+    done = yuan("--input", "in.jsonl", *options, "launch.nproc_per_node=2")
     assert done.returncode == 0, done.stderr
     assert "DP 2" in done.stderr
     text = (project / "new" / "x.jsonl").read_text().split("\n")
@@ -98,3 +100,20 @@ def test_a_damaged_checkpoint_is_a_plain_line_and_no_output(project):
     assert done.returncode == 2, done.stderr
     assert "iter_0000000 cannot be loaded" in done.stderr and "--load RUN_OR_CHECKPOINT" in done.stderr
     assert not list(project.glob("output*"))
+
+
+def test_a_stopped_job_leaves_an_earlier_output_alone_and_keeps_what_it_has(project):
+    (project / "in.jsonl").write_text('{"query": "3 1 4"}\n' * 4000)
+    (project / "output.txt").write_text("earlier\n")
+    command = [sys.executable, "-m", "launcher.cli", "generate", "--input", "in.jsonl", "--batch-size", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as job:
+        while not (logs := list(project.glob("yuan-generate*/logs/rank_0.log"))) or "loaded" not in logs[0].read_text():
+            assert job.poll() is None
+            time.sleep(0.1)
+        job.terminate()
+        _, errors = job.communicate(timeout=120)
+    assert job.returncode == 1, errors
+    assert (project / "output.txt").read_text() == "earlier\n"
+    lines = (project / "output.stopped.txt").read_text().splitlines()
+    assert len(lines) == 4000 and lines[-1] == "[error] line 4000: not answered: the job was stopped before"
+    assert "not answered" in errors and not list(project.glob("yuan-generate*"))

@@ -99,7 +99,8 @@ def answer(recipe, folder):
     from launcher.engine.model import build_chunks
 
     results = {}
-    eod, prompts = recipe.derived.vocab_size - 1, [Prompt(n, *pair) for n, pair in enumerate(zip(PROMPTS, LIMITS, strict=True), 1)]
+    eod = recipe.derived.vocab_size - 1
+    prompts = [Prompt(n, *pair) for n, pair in enumerate(zip(PROMPTS, LIMITS, strict=True), 1)]
     for family in FAMILIES:
         one = of_family(recipe, family)
         chunks = build_chunks(one, generation_config(one))
