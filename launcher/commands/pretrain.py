@@ -10,9 +10,12 @@ from typing import Annotated, Optional
 import typer
 
 import launcher.workers
+from checkpoints.folder import CheckpointError, newest_checkpoint
 from launcher.launch.torchrun import launch
 from launcher.recipe import load
 from launcher.recipe.check import ensure
+from launcher.recipe.frozen import read_frozen
+from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder, open_run
 
@@ -28,6 +31,7 @@ def pretrain(
     loaded = load(words or [])
     for warning in ensure(loaded, "pretrain"):
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
+    keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))
     typer.echo(plan(loaded.recipe), err=True)
     if dry_run:
         return
@@ -56,6 +60,16 @@ def plan(recipe: Recipe) -> str:
             f"training   {steps}{derived.train_samples:,} samples, {derived.train_samples * training.seq_length:,} tokens",
         ]
     )
+
+
+def _trained_padding(recipe: Recipe) -> int | None:
+    """The padded vocabulary of the checkpoint that the training starts from; None with fresh weights."""
+    for path in filter(None, (recipe.run.dir, recipe.checkpoint.load)):
+        try:
+            return read_frozen(newest_checkpoint(Path(path)) / "recipe.yaml").derived.padded_vocab_size
+        except (CheckpointError, FileNotFoundError):
+            continue  # none there, or one of another tool, which holds no recipe
+    return None
 
 
 def _say_what_is_there(folder: RunFolder) -> None:

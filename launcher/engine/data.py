@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -52,7 +55,7 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Data
         blend=blend,
         blend_per_split=per_split,
         split=data.split if blend else None,
-        path_to_cache=data.data_cache_path,
+        path_to_cache=str(cache_folder(recipe)),
         tokenizer=tokenizer_of(recipe),
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
@@ -61,6 +64,19 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Data
     )
     reads = lambda: reads_data(recipe)  # noqa: E731  the builder wants a function and calls it on every rank
     return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts(recipe), reads, config).build()
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where megatron-core keeps its sample indices: a folder per state of the data.
+
+    Its own key is made of names and settings; data written anew under the same name would be read by the old indices.
+    """
+    data = recipe.data
+    sources = [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]
+    prefixes = [word for source in sources for word in _words(source) or [] if Path(f"{word}.idx").is_file()]
+    states = [(prefix, (stat := os.stat(f"{prefix}.idx")).st_size, stat.st_mtime_ns) for prefix in prefixes]
+    base = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
+    return base / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def tokenizer_of(recipe: Recipe):

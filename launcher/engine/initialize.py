@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import warnings
 from datetime import timedelta
 
 import numpy as np
@@ -34,6 +35,8 @@ def initialize(recipe: Recipe) -> None:
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
         if recipe.launch.cpu_threads:
             torch.set_num_threads(recipe.launch.cpu_threads)
+    # That Transformer Engine and Apex are missing is said a dozen times at import, once per rank.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated)")
     from megatron.core import parallel_state, tensor_parallel
 
     parallel = recipe.parallel

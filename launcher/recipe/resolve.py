@@ -143,3 +143,13 @@ def vocabulary_size(tokenizer: Tokenizer) -> int | None:
         return build_tokenizer(settings.pop("type"), **settings).vocab_size
     except TokenizerError:
         return None
+
+
+def keep_padded_vocabulary(recipe: Recipe, padded: int | None) -> None:
+    """Keep the padded vocabulary that a checkpoint was trained with where this TP can split it.
+
+    It follows from TP, and another one adds or takes logits that share the softmax: the loss would jump (9.2093 to
+    9.2136 from 50304 to 50432 in one measured case).
+    """
+    if padded and padded >= (recipe.derived.vocab_size or 0) and padded % recipe.parallel.tensor_model_parallel_size == 0:
+        recipe.derived.padded_vocab_size = padded
