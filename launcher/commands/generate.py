@@ -69,11 +69,12 @@ def generate(
     loaded = load_recipe(words or [], options, default="generate")
     _check_files(loaded)
     checkpoint, passed = find_checkpoint(loaded)
+    found = " (the newest)" if loaded.recipe.generate.load is None else ""
     recipe, sources = inference_recipe(loaded, checkpoint)
     raise_all([problem.as_error() for one in CHECKS for problem in one(Case(recipe, sources))])
     for line in passed:
         typer.echo(f"warning: passed over: {line}", err=True)
-    typer.echo(_plan(recipe), err=True)
+    typer.echo(_plan(recipe, found), err=True)
     raise typer.Exit(_run(recipe))
 
 
@@ -106,13 +107,13 @@ def _check_files(loaded: Loaded) -> None:
         raise UserError(what, str(output.parent), "give another --output") from None
 
 
-def _plan(recipe: Recipe) -> str:
+def _plan(recipe: Recipe, found: str) -> str:
     parallel, derived, options = recipe.parallel, recipe.derived, recipe.generate
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layout = f"TP {tp}, PP {pp}, DP {derived.data_parallel_size}"
     return "\n".join(
         [
-            f"model      {options.load}",
+            f"model      {options.load}{found}",
             f"processes  {derived.world_size} x {derived.device}: {layout}, {recipe.training.precision}",
             f"answers    at most {options.max_new_tokens} tokens, {options.batch_size} side by side, {_sampling(options)}",
         ]

@@ -51,7 +51,7 @@ def test_with_nothing_but_an_input_the_newest_checkpoint_answers(project, traine
     assert answers[2] == expected(trained, PROMPTS.index([6, 28, 49, 6, 12, 0, 13]))
     assert lines[1] == "" and lines[7:] == [""]
     assert [line.split(": ")[0] for line in (lines[2], lines[4], lines[5])] == [f"[error] line {n}" for n in (3, 5, 6)]
-    assert "runs/llama/checkpoints/iter_0000000" in done.stderr and "greedy" in done.stderr
+    assert "runs/llama/checkpoints/iter_0000000 (the newest)" in done.stderr and "greedy" in done.stderr
     assert "3 lines were not answered" in done.stderr and "line 5: cannot be tokenized: id 50" in done.stderr
     assert not [*project.glob("yuan-generate*"), *project.glob("*.part")]
 
