@@ -5,18 +5,20 @@ BIN    := $(VENV)/bin
 .PHONY: help install quickstart test bench clean
 
 help:            ## Say what each target does
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 14
 
 install: $(VENV)/.installed  ## Make .venv with everything pinned in constraints.txt
 
+# The stamp is written last: after an interrupted install the next one goes on, with a new .venv where that has no pip yet.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "yuan needs Python 3.10 or newer, and this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: yuan needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make install PYTHON=python3.11")'
+	@echo "installing into $(VENV): PyTorch and the rest take some minutes to download"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 quickstart: install  ## Text to answers on this machine in a few minutes
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
+	@$(BIN)/python examples/quickstart.py
 
 test: install    ## Run every test
 	$(BIN)/python -m pytest
@@ -24,5 +26,5 @@ test: install    ## Run every test
 bench: install   ## Measure speed (ratios within one run)
 	$(BIN)/python -m tests.benchmarks
 
-clean:           ## Remove the virtual environment and what the quickstart made
-	rm -rf $(VENV) quickstart
+clean:           ## Remove what the quickstart made, its trained model included
+	rm -rf quickstart runs/quickstart output.txt
