@@ -16,9 +16,12 @@ from launcher.recipe.schema import Recipe
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def transformer_engine() -> bool:
-    """Whether Transformer Engine's layers are used: where it is installed and there is a GPU."""
-    return HAVE_TE and torch.cuda.is_available()
+def transformer_engine(recipe: Recipe) -> bool:
+    """Whether Transformer Engine's layers are used: where it is installed and there is a GPU.
+
+    Not with a document mask: Megatron's spec tells Transformer Engine that the mask is causal, and it looks at no other.
+    """
+    return HAVE_TE and recipe.derived.device == "cuda" and not recipe.data.reset_attention_mask
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -64,9 +67,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         batch_p2p_comm=not on_cpu and virtual_pipeline_size(recipe) is None,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=not on_cpu,
+        bias_activation_fusion=not on_cpu and (model.swiglu or model.add_bias_linear),
         bias_dropout_fusion=not on_cpu,
-        apply_rope_fusion=not on_cpu and transformer_engine() and model.position_embedding_type == "rope",
+        apply_rope_fusion=transformer_engine(recipe) and model.position_embedding_type == "rope",
         persist_layer_norm=False,
     )
 
@@ -74,7 +77,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> GPTModel:
     """One chunk of the model on this rank; `pre` holds the embedding, `post` the output layer and the loss."""
     model = recipe.model
-    if transformer_engine():
+    if transformer_engine(recipe):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec()

@@ -21,7 +21,6 @@ def build_optimizer(recipe: Recipe, chunks: list) -> MegatronOptimizer:
         adam_beta1=optimizer.adam_beta1,
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
-        sgd_momentum=optimizer.sgd_momentum,
         fp16=training.precision == "fp16",
         bf16=training.precision == "bf16",
         params_dtype=DTYPES[training.precision],

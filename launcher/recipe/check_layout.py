@@ -222,12 +222,6 @@ def data_parallel(case: Case) -> Iterator[Problem]:
             case.at("parallel.overlap_param_gather"),
             "parallel.overlap_grad_reduce=true",
         )
-    if p.use_distributed_optimizer and case.recipe.optimizer.optimizer != "adam":
-        yield Problem(
-            "the distributed optimizer knows adam alone",
-            case.at("parallel.use_distributed_optimizer", "optimizer.optimizer"),
-            "optimizer.optimizer=adam, or parallel.use_distributed_optimizer=false",
-        )
 
 
 def machines(case: Case) -> Iterator[Problem]:

@@ -31,13 +31,13 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
         optimizer.lr_warmup_fraction optimizer.lr_warmup_init optimizer.lr_wsd_decay_iters
         optimizer.lr_wsd_decay_samples optimizer.lr_wsd_decay_tokens optimizer.weight_decay optimizer.clip_grad
-        optimizer.adam_beta1 optimizer.adam_beta2 optimizer.sgd_momentum data.num_workers launch.node_rank
+        optimizer.adam_beta1 optimizer.adam_beta2 data.num_workers launch.node_rank
         launch.max_restarts""",
 }
 ABOVE_ZERO = """model.norm_epsilon model.rotary_percent optimizer.lr optimizer.adam_eps training.loss_scale
     training.initial_loss_scale training.min_loss_scale"""
 BELOW_ONE = """model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2
-    optimizer.sgd_momentum optimizer.lr_warmup_fraction"""
+    optimizer.lr_warmup_fraction"""
 
 
 def required(case: Case) -> Iterator[Problem]:

@@ -60,6 +60,7 @@ def _processes(recipe: Recipe, fill) -> None:
     p, t, launch = recipe.parallel, recipe.training, recipe.launch
     fill("derived.device", resolve_device(launch.device))
     fill("derived.world_size", launch.nnodes * launch.nproc_per_node)
+    fill("data.num_workers", 2 if recipe.derived.device == "cuda" else 0)
     if recipe.derived.device == "cpu" and launch.nproc_per_node > 0:
         fill("launch.cpu_threads", max(1, cores() // launch.nproc_per_node))
     ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size

@@ -133,7 +133,7 @@ class Training:
 
 @dataclass
 class Optimizer:
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam"] = "adam"
     """adam is AdamW: decoupled weight decay."""
     lr: Optional[float] = None
     """Peak learning rate."""
@@ -181,8 +181,6 @@ class Optimizer:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to Adam's denominator."""
-    sgd_momentum: float = 0.9
-    """Momentum, with sgd."""
 
 
 @dataclass
@@ -203,8 +201,8 @@ class Data:
     """Attention stays within a document."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
-    num_workers: int = 2
-    """Data loader processes per rank."""
+    num_workers: Optional[int] = None
+    """Data loader processes per rank. Derived: 2 on a GPU, 0 on a CPU: a forked loader would keep a second copy of the weights alive."""
     data_cache_path: Optional[str] = None
     """Folder of the sample indices. Derived: a folder `cache` beside the data."""
 

@@ -15,7 +15,7 @@ model: {num_layers: 4, hidden_size: 128, num_attention_heads: 4, attention_dropo
 training: {seq_length: 128, micro_batch_size: 2, global_batch_size: 8, train_iters: 20, eval_interval: 10, eval_iters: 2}
 optimizer: {lr: 1.0e-3, min_lr: 1.0e-4, lr_decay_style: cosine, lr_decay_iters: 20, lr_warmup_iters: 2,
             weight_decay: 0.1, adam_beta2: 0.95}
-data: {data_path: shakespeare_text_document, split: "90,5,5", num_workers: 0}
+data: {data_path: shakespeare_text_document, split: "90,5,5"}
 tokenizer: {type: NullTokenizer, vocab_size: 50257}
 logging: {log_interval: 1, tensorboard: false}
 launch: {device: cpu, cpu_threads: 1}
@@ -26,7 +26,7 @@ SMALL = """\
 model: {num_layers: 4, hidden_size: 32, num_attention_heads: 4, make_vocab_size_divisible_by: 64}
 training: {seq_length: 32, micro_batch_size: 2, global_batch_size: 8, train_iters: 8, eval_interval: 4, eval_iters: 1}
 optimizer: {lr: 1.0e-2, lr_decay_style: cosine, lr_warmup_iters: 2, lr_decay_iters: 8, weight_decay: 0.1}
-data: {data_path: ids, split: "90,5,5", num_workers: 0}
+data: {data_path: ids, split: "90,5,5"}
 tokenizer: {type: NullTokenizer, vocab_size: 255}
 checkpoint: {save_interval: 4}
 logging: {log_interval: 1, tensorboard: false}

@@ -134,7 +134,6 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
             "works with the distributed optimizer",
             "parallel.use_distributed_optimizer=true",
         ),
-        (("parallel.use_distributed_optimizer=true", "optimizer.optimizer=sgd"), "knows adam alone", "optimizer.optimizer=adam"),
         (("launch.nnodes=2", "training.global_batch_size=8"), "a place to meet", "launch.rdzv_endpoint="),
         (("training.train_iters=null",), "how long to train", "training.train_samples"),
         (("training.train_iters=null", "training.train_tokens=64"), "less than one step", "training.train_tokens=128"),
