@@ -34,7 +34,7 @@ def main(overrides: list[str]) -> None:
     say("4 Training: two processes, each with half of every batch; watch the loss fall")
     run("yuan", "pretrain", "recipe=quickstart", *overrides)
     say("5 Answers: the model goes on from each line of the questions")
-    run("yuan", "generate", "--input", QUESTIONS, "--output", ANSWERS)
+    run("yuan", "generate", "--input", QUESTIONS, "--output", ANSWERS, "--repetition-penalty", "1.2")
     say(f"Done in {time.monotonic() - started:.0f} s: {QUESTIONS} and what the model made of it ({ANSWERS})")
     show_answers()
 
