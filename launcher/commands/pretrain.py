@@ -11,6 +11,7 @@ import typer
 
 import launcher.workers
 from checkpoints.folder import CheckpointError, newest_checkpoint
+from launcher.errors import UserError
 from launcher.launch.torchrun import launch
 from launcher.recipe import load
 from launcher.recipe.check import ensure
@@ -69,6 +70,10 @@ def _trained_padding(recipe: Recipe) -> int | None:
             return read_frozen(newest_checkpoint(Path(path)) / "recipe.yaml").derived.padded_vocab_size
         except (CheckpointError, FileNotFoundError):
             continue  # none there, or one of another tool, which holds no recipe
+        except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+            what = f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}"
+            fix = "another version of yuan may have written it; start another run with run.name=NAME"
+            raise UserError(what, str(path), fix) from error
     return None
 
 

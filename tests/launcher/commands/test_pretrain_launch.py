@@ -98,3 +98,13 @@ def test_a_worker_that_dies_gives_exit_code_1(home):
     assert code == 1
     assert "the run died, first of rank 1: RuntimeError: the boom\n" in err
     assert "next " not in err
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_plain_lines(home):
+    checkpoints = home / "runs" / "old" / "checkpoints"
+    (checkpoints / "iter_0000001").mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("1")
+    (checkpoints / "iter_0000001" / "recipe.yaml").write_text("optimizer: {momentum_of_old: 0.9}\n")
+    code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=old")
+    assert code == 2 and "Traceback" not in err
+    assert "Key 'momentum_of_old' not in 'Optimizer'" in err and "run.name=NAME" in err
