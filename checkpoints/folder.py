@@ -44,6 +44,11 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=iteration_of)
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether anything was saved in a folder of checkpoints: it holds a tracker or a whole checkpoint."""
+    return (folder / TRACKER).exists() or bool(whole_checkpoints(folder))
+
+
 def newest_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: an iter_ folder itself, or the newest of a checkpoints folder or a run folder.
 
@@ -55,16 +60,16 @@ def newest_checkpoint(path: Path) -> Path:
             return path
         raise CheckpointError(f"there is no checkpoint {path}")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    tracker = folder / TRACKER
+    tracker, there = folder / TRACKER, ", ".join(path.name for path in whole_checkpoints(folder))
     if not tracker.is_file():
-        raise CheckpointError(f"there is no whole checkpoint in {path}: it holds no {TRACKER}")
-    word = tracker.read_text(encoding="utf-8").strip()
+        without = f"nothing says which checkpoint is the newest in {folder}" if there else f"there is no whole checkpoint in {path}"
+        raise CheckpointError(f"{without}: it holds no {TRACKER}" + (f" (there: {there})" if there else ""))
+    word = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if word != "release" and not word.isdecimal():
         raise CheckpointError(f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}")
     checkpoint = folder / ("release" if word == "release" else name_of(int(word)))
     if not checkpoint.is_dir():
-        found = ", ".join(path.name for path in whole_checkpoints(folder)) or "none"
-        raise CheckpointError(f"{tracker} names {checkpoint.name}, which is not there (there: {found})")
+        raise CheckpointError(f"{tracker} names {checkpoint.name}, which is not there (there: {there or 'none'})")
     return checkpoint
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 import launcher.workers
-from checkpoints.folder import CheckpointError, newest_checkpoint
+from checkpoints.folder import newest_checkpoint
 from launcher.errors import UserError
 from launcher.launch.torchrun import launch
 from launcher.recipe import load
@@ -65,16 +65,17 @@ def plan(recipe: Recipe) -> str:
 
 def _trained_padding(recipe: Recipe) -> int | None:
     """The padded vocabulary of the checkpoint that the training starts from; None with fresh weights."""
-    for path in filter(None, (recipe.run.dir, recipe.checkpoint.load)):
-        try:
-            return read_frozen(newest_checkpoint(Path(path)) / "recipe.yaml").derived.padded_vocab_size
-        except (CheckpointError, FileNotFoundError):
-            continue  # none there, or one of another tool, which holds no recipe
-        except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
-            what = f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}"
-            fix = "another version of yuan may have written it; start another run with run.name=NAME"
-            raise UserError(what, str(path), fix) from error
-    return None
+    start = RunFolder(recipe.run.dir).newest_checkpoint()
+    if start is None and recipe.checkpoint.load:
+        start = newest_checkpoint(Path(recipe.checkpoint.load))
+    if start is None or not (start / "recipe.yaml").is_file():  # another tool's checkpoint holds no recipe
+        return None
+    try:
+        return read_frozen(start / "recipe.yaml").derived.padded_vocab_size
+    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+        what = f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}"
+        fix = "another version of yuan may have written it; start another run with run.name=NAME"
+        raise UserError(what, str(start), fix) from error
 
 
 def _say_what_is_there(folder: RunFolder) -> None:

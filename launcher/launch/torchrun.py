@@ -47,7 +47,7 @@ def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:
             exits = _attempt(recipe, folder, worker, stop)
             found = failures(exits, folder)
             if stop.kill:
-                _say(f"{verb} killed by a second Ctrl-C; {_resume_hint(folder)}")
+                _say(f"{verb} killed by a second Ctrl-C{_resume_hint(verb, folder)}")
                 return 130
             if stop.requested and any(exit.code in STOP_CODES for exit in exits):
                 found = []  # a rank without its handlers yet died of the signal itself; its peers' errors follow from it
@@ -57,9 +57,9 @@ def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:
             _say(report(found, folder))
             if stop.requested or attempt == recipe.launch.max_restarts:
                 return 1
-            _say(f"\nrestart {attempt + 1} of {recipe.launch.max_restarts}; {_resume_hint(folder)}")
+            _say(f"\nrestart {attempt + 1} of {recipe.launch.max_restarts}{_resume_hint(verb, folder)}")
     if stop.requested:
-        _say(f"{verb} stopped by {stop.requested}; {_resume_hint(folder)}")
+        _say(f"{verb} stopped by {stop.requested}{_resume_hint(verb, folder)}")
     return 0
 
 
@@ -124,11 +124,14 @@ def _reserve_port() -> socket.socket:
     return reserved
 
 
-def _resume_hint(folder: RunFolder) -> str:
+def _resume_hint(verb: str, folder: RunFolder) -> str:
+    """What the same command would do, with verbs that leave checkpoints."""
+    if verb != "pretrain":
+        return ""
     iteration = folder.latest_iteration()
     if iteration is None:
-        return "there is no checkpoint yet: the same command starts anew"
-    return f"the same command goes on from step {iteration}"
+        return "; there is no checkpoint yet: the same command starts anew"
+    return f"; the same command goes on from step {iteration}"
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.errors import raise_all
-from launcher.recipe import check_data, check_layout, check_model, check_schedule
+from launcher.recipe import check_checkpoint, check_data, check_layout, check_model, check_schedule
 from launcher.recipe.load import Loaded
 from launcher.recipe.problem import Case, Check, Problem
 from launcher.recipe.schema import Recipe
@@ -29,6 +29,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         check_schedule.rampup,
         check_data.tokenizer,
         check_data.data,
+        check_checkpoint.load,
     ),
     "preprocess": (check_model.ranges, check_data.tokenizer, check_data.preprocess_input),
     "generate": (check_model.generation_ranges,),

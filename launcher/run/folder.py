@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from checkpoints.folder import TRACKER, CheckpointError, has_checkpoints, iteration_of, newest_checkpoint, whole_checkpoints
 from launcher.errors import UserError
 from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
@@ -63,11 +64,29 @@ class RunFolder:
     def rank_error(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.error.json"
 
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint that the run goes on from; None where nothing was saved yet.
+
+        Raises:
+            UserError: something was saved, and the tracker does not say what to go on from: starting anew would
+                write over it.
+        """
+        if not has_checkpoints(self.checkpoints):
+            return None
+        try:
+            return newest_checkpoint(self.checkpoints)
+        except CheckpointError as error:
+            tracker, whole = self.checkpoints / TRACKER, whole_checkpoints(self.checkpoints)
+            if whole:
+                fix = f"to go on from step {iteration_of(whole[-1])}: echo {iteration_of(whole[-1])} > {shlex.quote(str(tracker))}"
+            else:
+                fix = f"bring the checkpoint back, or start anew: rm {shlex.quote(str(tracker))}, or run.name=NAME"
+            raise UserError(str(error), str(tracker), fix) from error
+
     def latest_iteration(self) -> int | None:
-        """The step of the newest whole checkpoint, None where there is none yet."""
-        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
-        text = tracker.read_text().strip() if tracker.exists() else ""
-        return int(text) if text.isdigit() else None
+        """The step of `newest_checkpoint`, with its errors; None where nothing was saved yet."""
+        newest = self.newest_checkpoint()
+        return None if newest is None else iteration_of(newest)
 
     def close(self) -> None:
         """Let another job write here. The end of the process does the same."""

@@ -116,4 +116,4 @@ def test_a_stopped_job_leaves_an_earlier_output_alone_and_keeps_what_it_has(proj
     assert (project / "output.txt").read_text() == "earlier\n"
     lines = (project / "output.stopped.txt").read_text().splitlines()
     assert len(lines) == 4000 and lines[-1] == "[error] line 4000: not answered: the job was stopped before"
-    assert "not answered" in errors and not list(project.glob("yuan-generate*"))
+    assert "not answered" in errors and "starts anew" not in errors and not list(project.glob("yuan-generate*"))

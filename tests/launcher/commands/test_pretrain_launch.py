@@ -108,3 +108,22 @@ def test_a_checkpoint_of_another_version_is_refused_in_plain_lines(home):
     code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=old")
     assert code == 2 and "Traceback" not in err
     assert "Key 'momentum_of_old' not in 'Optimizer'" in err and "run.name=NAME" in err
+
+
+def test_a_checkpoint_to_start_from_is_looked_for_before_anything_starts(home):
+    code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes", "checkpoint.load=nowhere")
+    assert code == 2 and "there is no whole checkpoint in nowhere" in err and "checkpoint.load=nowhere (command line)" in err
+    assert not (home / "runs").exists()
+    assert yuan(home, "pretrain", "recipe=tiny", "run.name=completes")[0] == 0
+    # The run has a checkpoint of its own now, and goes on from that one.
+    code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes", "checkpoint.load=nowhere", "--accept-changes")
+    assert code == 0 and "resuming   from step 2\n" in err
+
+
+def test_a_run_whose_tracker_is_gone_is_not_started_anew(home):
+    assert yuan(home, "pretrain", "recipe=tiny", "run.name=completes")[0] == 0
+    (home / "runs" / "completes" / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    commands = (home / "runs" / "completes" / "command.txt").read_text()
+    code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes")
+    assert code == 2 and "echo 2 > runs/completes/checkpoints/latest_checkpointed_iteration.txt" in err and "Traceback" not in err
+    assert (home / "runs" / "completes" / "command.txt").read_text() == commands

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 
+from checkpoints.folder import begin, commit
 from launcher.workers.entry import run_worker, terminal
 
 RANK = int(os.environ["RANK"])
@@ -80,15 +81,13 @@ def train(folder, stop):
     print("asked by", stop.requested)
     assert child.wait() == 0
     if RANK == 0:
-        folder.checkpoints.mkdir()
-        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("7")
+        commit(begin(folder.checkpoints, 7))
 
 
 def completes(folder, stop):
     """As a training of two steps that has saved its last."""
     if RANK == 0:
-        folder.checkpoints.mkdir(exist_ok=True)
-        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
+        commit(begin(folder.checkpoints, 2))
 
 
 def deaf(folder, stop):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from checkpoints.folder import TRACKER, begin, commit
 from launcher.errors import UserError
 from launcher.recipe import load
 from launcher.recipe.frozen import read_frozen
@@ -150,7 +151,33 @@ def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
 
 def test_the_newest_checkpoint_is_what_the_tracker_says(tmp_path):
     folder = RunFolder(tmp_path)
-    assert folder.latest_iteration() is None
+    assert folder.newest_checkpoint() is folder.latest_iteration() is None
+    for iteration in (1000, 2000):
+        commit(begin(folder.checkpoints, iteration))
+    assert folder.latest_iteration() == 2000
+    (folder.checkpoints / TRACKER).write_text("1000\n")  # set back by a person
+    assert folder.newest_checkpoint() == folder.checkpoints / "iter_0001000"
+
+
+@pytest.mark.parametrize("text", [None, "", "iter_0002000", "\udcff\udcfe", "3000"])
+def test_a_run_with_checkpoints_never_starts_anew_by_itself(tmp_path, text):
+    """A tracker that is gone, empty or wrong: the line to type names the newest whole checkpoint, and mends it."""
+    folder = RunFolder(tmp_path / "a run")
+    for iteration in (1000, 2000):
+        commit(begin(folder.checkpoints, iteration))
+    tracker = folder.checkpoints / TRACKER
+    tracker.unlink() if text is None else tracker.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as error:
+        folder.latest_iteration()
+    assert error.value.where == str(tracker)
+    subprocess.run(error.value.fix.split(": ")[1], shell=True, check=True)
+    assert folder.latest_iteration() == 2000
+
+
+def test_a_tracker_alone_is_no_fresh_start_either(tmp_path):
+    folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("1000\n")
-    assert folder.latest_iteration() == 1000
+    (folder.checkpoints / TRACKER).write_text("7")
+    with pytest.raises(UserError, match="iter_0000007, which is not there") as error:
+        folder.newest_checkpoint()
+    assert f"rm {folder.checkpoints / TRACKER}" in error.value.fix
