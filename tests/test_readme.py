@@ -70,7 +70,7 @@ def test_the_list_of_recipes_is_the_real_one(tmp_path):
 def test_files_and_targets_named_are_there():
     for target in {line.split()[1] for line in typed() if line.startswith("make ")}:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    for path in re.findall(r"(?<![/\w])(?:examples|launcher|recipes|data_tools|checkpoints)/[\w/]*\w\.(?:py|jsonl|yaml)", README):
+    for path in re.findall(r"(?<![/\w])(?:examples|launcher|data_tools|checkpoints)/[\w/]*\w\.(?:py|jsonl|yaml)", README):
         assert (ROOT / path).is_file(), path
     places = next(text for _, text in BLOCKS if text.startswith("launcher/"))
     for line in places.splitlines():
