@@ -74,10 +74,10 @@ def newest_checkpoint(path: Path) -> Path:
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """An empty `.part` folder to write a checkpoint into; what a dead writer left there is removed."""
+    """An empty `.part` folder to write a checkpoint into; what dead writers left is removed (a run has one writer)."""
     part = folder / (name_of(iteration) + ".part")
-    if part.exists():
-        shutil.rmtree(part)
+    for left in folder.glob("iter_*.part"):
+        shutil.rmtree(left)
     part.mkdir(parents=True)
     return part
 

@@ -20,7 +20,7 @@ from checkpoints.folder import CheckpointError
 from launcher.engine import optimizer_state
 from launcher.engine.data import tokenizer_of
 from launcher.engine.model import unwrap
-from launcher.engine.train import TrainState
+from launcher.engine.train import Pending, TrainState
 from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
 
@@ -29,11 +29,14 @@ from launcher.recipe.schema import Recipe
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 
-def save(recipe: Recipe, state: TrainState, folder: Path) -> Path:
+def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path) -> Path:
     """Write the state into `folder` (a run's `checkpoints/`); whole or not at all. Every rank calls it.
 
-    Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
+    `tokenizer` is the run's own copy of the tokenizer's files. Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
     """
+    if recipe.parallel.overlap_param_gather:
+        for chunk in state.chunks:  # the last step's weights are still shared out; the next forward pass would gather them
+            chunk.start_param_sync(force_sync=True)
     first = torch.distributed.get_rank() == 0
     part = folder / (folders.name_of(state.iteration) + ".part")
     if first:
@@ -44,7 +47,7 @@ def save(recipe: Recipe, state: TrainState, folder: Path) -> Path:
     checkpoint = part.with_name(folders.name_of(state.iteration))
     if first:
         write_frozen(recipe, part / "recipe.yaml")
-        copy_tokenizer(recipe, part / "tokenizer")
+        shutil.copytree(tokenizer, part / "tokenizer")
         folders.commit(part)
         if recipe.checkpoint.keep_last:
             folders.keep_last(folder, recipe.checkpoint.keep_last)
@@ -74,7 +77,7 @@ def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> N
     if resume or not options.finetune:
         state.iteration = loaded["iteration"]
         state.consumed_train_samples = loaded["args"].consumed_train_samples
-        state.skipped_iterations = loaded["args"].skipped_train_iterations
+        state.pending = Pending(**loaded.get("pending", {}))
 
 
 def load_weights(recipe: Recipe, chunks: list, checkpoint: Path) -> None:
@@ -84,16 +87,19 @@ def load_weights(recipe: Recipe, chunks: list, checkpoint: Path) -> None:
 
 
 def same_layout(recipe: Recipe, checkpoint: Path) -> bool:
-    """Whether the checkpoint was saved at this recipe's TP and PP."""
+    """Whether the checkpoint was saved at this recipe's TP and PP, and on its kind of device."""
     saved = _saved_recipe(checkpoint)
     if saved is None:
         return True
     keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    return all(getattr(saved.parallel, key) == getattr(recipe.parallel, key) for key in keys)
+    same = all(getattr(saved.parallel, key) == getattr(recipe.parallel, key) for key in keys)
+    return same and saved.derived.device == recipe.derived.device
 
 
 def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Copy the tokenizer's files, so that the checkpoint can be used where the originals are not."""
+    """Copy the tokenizer's files, so that run and checkpoints can be used when the originals have moved."""
+    if folder.is_dir():
+        return
     folder.mkdir(parents=True)
     for path in tokenizer_of(recipe).files.values():
         shutil.copy2(path, folder / Path(path).name)
@@ -115,7 +121,6 @@ def _common(recipe: Recipe, state: TrainState) -> dict:
         "iteration": state.iteration,
         "consumed_train_samples": state.consumed_train_samples,
         "consumed_valid_samples": state.consumed_valid_samples(recipe),
-        "skipped_train_iterations": state.skipped_iterations,
         "fp16": recipe.training.precision == "fp16",
         "bf16": recipe.training.precision == "bf16",
     }
@@ -124,6 +129,7 @@ def _common(recipe: Recipe, state: TrainState) -> dict:
         "checkpoint_version": 3.0,
         "iteration": state.iteration,
         "opt_param_scheduler": state.scheduler.state_dict() if state.scheduler else None,
+        "pending": asdict(state.pending),
     }
 
 
@@ -155,7 +161,10 @@ def _chunk_keys(chunks: list) -> list[str]:
 
 def _load_chunks(chunks: list, loaded: dict) -> None:
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
-        unwrap(chunk).load_state_dict(loaded[key])
+        try:
+            unwrap(chunk).load_state_dict(loaded[key])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint's tensors are not this model's: {error}") from error
 
 
 def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: bool, with_rng: bool) -> dict:

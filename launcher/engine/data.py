@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,16 +67,20 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Data
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where megatron-core keeps its sample indices: a folder per state of the data.
+    """Where megatron-core keeps its sample indices: a folder per content of the .idx files.
 
     Its own key is made of names and settings; data written anew under the same name would be read by the old indices.
     """
     data = recipe.data
     sources = [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]
     prefixes = [word for source in sources for word in _words(source) or [] if Path(f"{word}.idx").is_file()]
-    states = [(prefix, (stat := os.stat(f"{prefix}.idx")).st_size, stat.st_mtime_ns) for prefix in prefixes]
+    digest = hashlib.sha256()
+    for prefix in prefixes:
+        with open(f"{prefix}.idx", "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
     base = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
-    return base / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    return base / digest.hexdigest()[:16]
 
 
 def tokenizer_of(recipe: Recipe):
@@ -119,10 +123,17 @@ def loader(recipe: Recipe, dataset: Dataset | None, consumed: int) -> Iterator[d
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=recipe.derived.device == "cuda",
+            worker_init_fn=_outlive_the_signal,
             # A generator of its own: otherwise opening the loader would move the one that draws dropout.
             generator=torch.Generator(),
         )
     )
+
+
+def _outlive_the_signal(worker: int) -> None:
+    """A signal to the whole process group asks the rank to save and end; its loaders end with it, not before."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def next_batch(recipe: Recipe, batches: Iterator[dict] | None) -> dict[str, torch.Tensor | None]:

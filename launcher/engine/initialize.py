@@ -13,13 +13,6 @@ from launcher.engine import cpu_port
 from launcher.recipe.schema import Recipe
 
 
-def device() -> torch.device:
-    """The device of this rank: its GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return cpu_port.CPU
-
-
 def initialize(recipe: Recipe) -> None:
     """Join the other ranks, form Megatron's process groups, seed. Needs torchrun's environment variables.
 
@@ -64,10 +57,11 @@ def virtual_pipeline_size(recipe: Recipe) -> int | None:
 
         layout = PipelineParallelLayerLayout.from_str(parallel.pipeline_model_parallel_layout, stages)
         chunks = layout.virtual_pipeline_model_parallel_size
-        return chunks if chunks > 1 else None
-    if parallel.num_layers_per_virtual_pipeline_stage is None:
-        return None
-    return recipe.model.num_layers // stages // parallel.num_layers_per_virtual_pipeline_stage
+    elif parallel.num_layers_per_virtual_pipeline_stage is None:
+        chunks = 1
+    else:
+        chunks = recipe.model.num_layers // stages // parallel.num_layers_per_virtual_pipeline_stage
+    return chunks if chunks > 1 else None
 
 
 def finish() -> None:

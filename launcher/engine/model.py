@@ -153,20 +153,6 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
     return module
 
 
-def count_parameters(recipe: Recipe) -> int:
-    """Parameters of the whole model, embedding padding included."""
-    m, v = recipe.model, recipe.derived.padded_vocab_size
-    h, f, q = m.hidden_size, m.ffn_hidden_size, m.num_attention_heads * m.kv_channels
-    kv = m.num_query_groups * m.kv_channels
-    bias, norm = m.add_bias_linear, h * (2 if m.normalization == "LayerNorm" else 1)
-    gates = 2 if m.swiglu else 1
-    attention = h * (q + 2 * kv) + q * h + (h if bias else 0) + (q + 2 * kv if bias or m.add_qkv_bias else 0)
-    mlp = h * f * (gates + 1) + (f * gates + h if bias else 0)
-    embeddings = v * h * (2 if m.untie_embeddings_and_output_weights else 1)
-    positions = m.max_position_embeddings * h if m.position_embedding_type == "learned_absolute" else 0
-    return m.num_layers * (attention + mlp + 2 * norm) + norm + embeddings + positions
-
-
 def flops_per_token(recipe: Recipe) -> float:
     """Floating-point operations of one training step per token: forward plus twice that for backward.
 

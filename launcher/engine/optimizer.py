@@ -44,7 +44,8 @@ def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPa
     starts at step 0, so that the first step of a warm-up trains with lr_warmup_init.
     """
     o, batch = recipe.optimizer, recipe.training.global_batch_size
-    decay = _samples(o.lr_decay_iters, o.lr_decay_samples, batch) or recipe.derived.train_samples
+    length = recipe.training.train_samples or recipe.derived.train_samples
+    decay = _samples(o.lr_decay_iters, o.lr_decay_samples, batch) or length
     warmup = _samples(o.lr_warmup_iters, o.lr_warmup_samples, batch)
     if o.lr_warmup_fraction is not None:
         warmup = o.lr_warmup_fraction * decay
@@ -59,7 +60,7 @@ def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPa
         lr_decay_style=o.lr_decay_style,
         start_wd=o.start_weight_decay if growing else o.weight_decay,
         end_wd=o.end_weight_decay if growing else o.weight_decay,
-        wd_incr_steps=recipe.derived.train_samples,
+        wd_incr_steps=length,
         wd_incr_style=o.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # the recipe is the one truth; a resume with another one was checked before

@@ -46,7 +46,8 @@ def use_fused(optimizer: MegatronOptimizer) -> None:
                 for parameter in group["params"]:
                     state = part.optimizer.state[parameter]
                     # A copy each: megatron-core loads one tensor into all of them, and fused AdamW counts in place.
-                    state["step"] = torch.tensor(float(state["step"]), device=parameter.device)
+                    # None was saved of a run that had not made a step yet.
+                    state["step"] = torch.tensor(float(state.get("step", 0.0)), device=parameter.device)
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
@@ -87,7 +88,7 @@ def nest_as(loaded: dict, saved: str, distributed: bool) -> dict:
         return loaded
     if distributed:
         inner = loaded.pop("optimizer", loaded) if saved == "mixed" else loaded
-        step = float(inner.pop("state")["common_step"])
+        step = float(inner.pop("state").get("common_step", 0.0))
         groups = [{k: v for k, v in group.items() if k != "params"} | {"step": step} for group in inner.pop("param_groups")]
         return loaded | {"optimizer": {"param_groups": groups}}
     # Plain fp32 has its state at the top, plain 16-bit one level down, where the distributed one keeps its groups too.
@@ -109,6 +110,9 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict) -> None:
     The model's weights must have been loaded before.
     """
     tensors, file = loaded.pop("param_state", None), loaded.pop("param_state_file", None)
+    per_parameter = loaded.get("optimizer", loaded).get("state", {})
+    if not any(key == "common_step" or "step" in state for key, state in per_parameter.items()):
+        per_parameter["common_step"] = torch.tensor(0.0)  # megatron-core leaves out a step of 0
     optimizer.load_state_dict(loaded)
     if tensors is not None or file is not None:
         part = optimizer.chained_optimizers[0]

@@ -19,6 +19,15 @@ from launcher.recipe.schema import Recipe
 
 
 @dataclass
+class Pending:
+    """What the next line of metrics will tell of the steps since the last: also in a checkpoint, so that a line over a
+    break is the uninterrupted one. Losses are of the last pipeline stage."""
+
+    losses: list[float] = field(default_factory=list)
+    skipped_losses: list[float] = field(default_factory=list)
+
+
+@dataclass
 class TrainState:
     """What training changes: all of it is in a checkpoint."""
 
@@ -27,7 +36,7 @@ class TrainState:
     scheduler: object
     iteration: int = 0
     consumed_train_samples: int = 0
-    skipped_iterations: int = 0
+    pending: Pending = field(default_factory=Pending)
 
     def consumed_valid_samples(self, recipe: Recipe) -> int:
         """Where the next evaluation reads on: each one so far took eval_iters global batches."""
@@ -37,11 +46,12 @@ class TrainState:
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line of metrics."""
+    """The steps since the last line of metrics: their losses, still on the device, and what they cost."""
 
     losses: list[torch.Tensor] = field(default_factory=list)
+    updated: list[bool] = field(default_factory=list)
+    steps: int = 0
     tokens: int = 0
-    skipped: int = 0
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -77,8 +87,6 @@ def train_step(recipe: Recipe, state: TrainState, batches: list) -> tuple[torch.
     batch = microbatches.get_current_global_batch_size()
     if updated:
         state.scheduler.step(increment=batch)
-    else:
-        state.skipped_iterations += 1
     state.iteration += 1
     state.consumed_train_samples += batch
     return totals[0] / totals[1].clamp(min=1), grad_norm, updated
@@ -158,8 +166,9 @@ class Trainer:
         loss, grad_norm, updated = train_step(recipe, state, self.batches)
         self._refuse_not_finite(loss, grad_norm)
         self.window.losses.append(loss)
+        self.window.updated.append(updated)
+        self.window.steps += 1
         self.window.tokens += microbatches.get_current_global_batch_size() * recipe.training.seq_length
-        self.window.skipped += not updated
         if state.iteration % recipe.logging.log_interval == 0 or state.iteration == 1 or self._complete():
             self._log(grad_norm)
         elif self.progress is not None:
@@ -176,25 +185,34 @@ class Trainer:
         if agreed(not (math.isfinite(grad_norm or 0.0) and bool(torch.isfinite(loss)))):
             raise NotFinite(
                 f"the loss or the gradient is not finite at iteration {self.state.iteration} (gradient norm {grad_norm}); "
-                f"this step is not saved, the newest checkpoint is of iteration {self.saved_at}"
+                "this step is not saved; the same command goes on from the newest checkpoint, if there is one"
             )
+
+    def _settle(self) -> None:
+        """Move the window's losses into the state, as numbers, the same on every rank."""
+        if self.window.losses:
+            values = from_last_stage(torch.stack(self.window.losses)).tolist()
+            for value, updated in zip(values, self.window.updated, strict=True):
+                (self.state.pending.losses if updated else self.state.pending.skipped_losses).append(value)
+        self.window.losses, self.window.updated = [], []
 
     def _log(self, grad_norm: float | None) -> None:
         recipe, state, window = self.recipe, self.state, self.window
-        loss = from_last_stage(torch.stack(window.losses).mean()).item()
-        seconds = (time.perf_counter() - window.start) / len(window.losses)
-        tokens = window.tokens / len(window.losses)
+        self._settle()
+        pending = state.pending
+        seconds, tokens = (time.perf_counter() - window.start) / window.steps, window.tokens / window.steps
         record = {
             "iteration": state.iteration,
             "train_iters": recipe.derived.train_iters,
             "consumed_samples": state.consumed_train_samples,
-            "lm_loss": loss,
+            # Megatron-LM's mean: of the steps that were taken, in fp32 as they were computed.
+            "lm_loss": torch.tensor(pending.losses).mean().item() if pending.losses else None,
             "learning_rate": get_canonical_lr_for_logging(state.optimizer.param_groups),
             "grad_norm": grad_norm,
             "loss_scale": state.optimizer.get_loss_scale().item(),
             "global_batch_size": microbatches.get_current_global_batch_size(),
-            "skipped_iterations": window.skipped,
-            "nan_iterations": 0,
+            "skipped_iterations": len(pending.skipped_losses),
+            "nan_iterations": sum(not math.isfinite(loss) for loss in pending.skipped_losses),
             "iteration_time_ms": seconds * 1000,
             "tokens_per_second": tokens / seconds,
             "tflops": tokens * self.flops_per_token / seconds / 1e12 / recipe.derived.world_size,
@@ -203,6 +221,8 @@ class Trainer:
         }
         if self.progress is not None:
             self.progress.train(record)
+        if state.iteration % recipe.logging.log_interval == 0:  # a line of the first step is of it, and of the next line too
+            state.pending = Pending()
         self.window = Window()
 
     def _evaluate(self, name: str, there: bool, batches: list) -> None:
@@ -218,6 +238,7 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_at != self.state.iteration:
             started = time.perf_counter()
+            self._settle()
             self.save(self.state)
             self.saved_at = self.state.iteration
             self.window.start += time.perf_counter() - started

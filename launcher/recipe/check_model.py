@@ -23,7 +23,7 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         parallel.decoder_last_pipeline_num_layers parallel.recompute_num_layers parallel.distributed_timeout_minutes
         training.seq_length training.micro_batch_size training.global_batch_size training.train_iters
         training.train_samples training.train_tokens training.loss_scale_window training.hysteresis
-        training.eval_interval training.exit_duration_in_mins training.exit_interval
+        training.eval_interval training.exit_interval
         optimizer.lr_decay_iters optimizer.lr_decay_samples optimizer.lr_decay_tokens
         preprocess.workers tokenizer.vocab_size checkpoint.save_interval checkpoint.keep_last logging.log_interval
         launch.nproc_per_node launch.nnodes launch.cpu_threads""",
@@ -35,7 +35,7 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         launch.max_restarts""",
 }
 ABOVE_ZERO = """model.norm_epsilon model.rotary_percent optimizer.lr optimizer.adam_eps training.loss_scale
-    training.initial_loss_scale training.min_loss_scale"""
+    training.initial_loss_scale training.min_loss_scale training.exit_duration_in_mins"""
 BELOW_ONE = """model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2
     optimizer.lr_warmup_fraction"""
 

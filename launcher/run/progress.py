@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +33,7 @@ TRAIN_TAGS = {
     "grad-norm": "grad_norm",
 }
 
+LAST_SETS = {"final validation", "test"}
 CLEAR = "\r\x1b[2K"  # back to the line's start, and empty it
 
 
@@ -50,7 +52,8 @@ class Progress:
         self._line = _LiveLine(terminal)
         self._writer = None
         kept = _drop_after(folder.metrics, iteration)
-        kept_validation = _drop_after(folder.validation, iteration)
+        # The evaluations after the last step are made again, and would stand there twice.
+        kept_validation = _drop_after(folder.validation, iteration, lambda record: record["set"] in LAST_SETS)
         if recipe.logging.tensorboard:
             self._writer = _new_writer(folder.tensorboard)
             for record in kept:
@@ -220,8 +223,8 @@ def _append(file: TextIO, record: dict[str, Any]) -> None:
     file.flush()
 
 
-def _drop_after(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """Keep the lines of a .jsonl file up to `iteration`, and return them; a line torn by a kill goes as well.
+def _drop_after(path: Path, iteration: int, also: Callable[[dict], bool] = lambda record: False) -> list[dict[str, Any]]:
+    """Keep the lines of a .jsonl file up to `iteration`, and return them; a line torn by a kill goes, and what `also` says.
 
     The file is written whole beside its name and renamed.
     """
@@ -233,7 +236,7 @@ def _drop_after(path: Path, iteration: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["iteration"] <= iteration:
+        if record["iteration"] <= iteration and not also(record):
             kept.append(record)
             lines.append(line.rstrip("\n") + "\n")
     part = path.with_name(path.name + ".part")

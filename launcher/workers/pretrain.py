@@ -21,16 +21,19 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     from launcher.engine.train import Trainer, build
     from launcher.run.progress import Progress
 
+    first = torch.distributed.get_rank() == 0
+    if first:
+        checkpoint.copy_tokenizer(recipe, folder.path / "tokenizer")
     state = build(recipe)
     source = start(recipe, state, folder)
     progress = None
-    if torch.distributed.get_rank() == 0:
+    if first:
         progress = Progress(folder, recipe, terminal(), state.iteration)
         progress.note(f"start      {source}")
 
     def save(state) -> None:
         started = time.monotonic()
-        whole = checkpoint.save(recipe, state, folder.checkpoints)
+        whole = checkpoint.save(recipe, state, folder.checkpoints, folder.path / "tokenizer")
         if progress is not None:
             progress.note(f"saved      {whole} ({time.monotonic() - started:.1f} s)")
 
@@ -46,23 +49,46 @@ def start(recipe: Recipe, state, folder: RunFolder) -> str:
     """Fill the state from the run's newest checkpoint, or from checkpoint.load; says which.
 
     Raises:
-        UserError: the checkpoint is damaged or does not fit the recipe.
+        UserError: the checkpoint is damaged, does not fit the recipe, or is not there for every rank.
     """
-    from checkpoints.folder import CheckpointError, newest_checkpoint
+    from checkpoints.folder import CheckpointError
     from launcher.engine import checkpoint
     from launcher.errors import UserError
 
-    resume = folder.latest_iteration() is not None
-    if not resume and recipe.checkpoint.load is None:
+    whole, resume = agreed_checkpoint(recipe, folder)
+    if whole is None:
         return "fresh weights"
-    path = folder.path if resume else Path(recipe.checkpoint.load)
     try:
-        whole = newest_checkpoint(path)
         checkpoint.load(recipe, state, whole, resume)
     except CheckpointError as error:
-        fix = "remove the damaged checkpoint and set the tracker to an older one" if resume else "checkpoint.load=RUN_OR_CHECKPOINT"
-        raise UserError(str(error), str(path), fix) from error
+        fix = "a damaged one: write the number of an older one into latest_checkpointed_iteration.txt"
+        raise UserError(str(error), str(whole), fix) from error
     return f"{whole}, step {state.iteration}"
+
+
+def agreed_checkpoint(recipe: Recipe, folder: RunFolder) -> tuple[Path | None, bool]:
+    """The checkpoint that rank 0 sees, for all ranks, and whether it is the run's own."""
+    import torch
+
+    from checkpoints.folder import CheckpointError, newest_checkpoint
+    from launcher.errors import UserError
+
+    found: list = [None, False, None]
+    if torch.distributed.get_rank() == 0:
+        resume = folder.latest_iteration() is not None
+        path = folder.path if resume else recipe.checkpoint.load
+        try:
+            found = [newest_checkpoint(Path(path)) if path else None, resume, None]
+        except CheckpointError as error:
+            found = [None, False, str(error)]
+    torch.distributed.broadcast_object_list(found, src=0)
+    whole, resume, fault = found
+    if fault is not None:
+        raise UserError(fault, "checkpoint.load", "checkpoint.load=RUN_OR_CHECKPOINT")
+    if whole is not None and not whole.is_dir():
+        what = f"rank {torch.distributed.get_rank()} does not see {whole}"
+        raise UserError(what, str(folder.path), "the run folder must lie on a disk that all machines share")
+    return whole, resume
 
 
 if __name__ == "__main__":

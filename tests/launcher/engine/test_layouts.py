@@ -44,7 +44,7 @@ def test_a_run_goes_on_at_another_layout(small, straight, name):
     assert after == pytest.approx(before, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pp2_interleaved", "tp2_pp2", "dp2_zero1"])
+@pytest.mark.parametrize("name", ["pp2_interleaved", "tp2_pp2", "dp2_zero1_overlap"])
 def test_and_back_to_one_process(small, straight, name):
     source = straight(f"from_{name}", *LAYOUTS[name], *NO_DROPOUT)
     assert resumed(small, straight, f"back_{name}", source, layout() + NO_DROPOUT) == pytest.approx(losses(small, source), abs=1e-4)

@@ -52,6 +52,26 @@ def test_the_curve_after_a_resume_is_the_uninterrupted_one_bit_for_bit(small, st
     assert validations[0] == validations[1]
 
 
+def test_a_line_over_a_break_is_the_uninterrupted_one(small, straight):
+    """Losses are averaged over log_interval steps; what the last line had not told yet is in the checkpoint."""
+    words = [*layout(pp=2), "logging.log_interval=4"]
+    straight("lines", *words)
+    yuan(small, "pretrain", "recipe=small", "run.name=lines_broken", *words, "training.exit_interval=3")
+    yuan(small, "pretrain", "recipe=small", "run.name=lines_broken", *words)
+    assert steps(small, "lines_broken") == steps(small, "lines")
+    one = losses(small, straight("each_line", *layout(pp=2)))
+    assert losses(small, "lines") == pytest.approx({1: one[1], 4: sum(one[i] for i in range(1, 5)) / 4, 8: sum(one[i] for i in range(5, 9)) / 4})
+
+
+def test_a_run_whose_every_step_overflowed_goes_on(small):
+    words = ["run.name=overflowing", "training.precision=fp16", "training.hysteresis=1", "training.initial_loss_scale=1e30"]
+    yuan(small, "pretrain", "recipe=small", *words, "training.exit_interval=2")
+    yuan(small, "pretrain", "recipe=small", *words, "training.exit_interval=4")
+    lines = records(small / "runs" / "overflowing" / "metrics.jsonl")
+    assert [line["loss_scale"] for line in lines] == pytest.approx([1e30 / 2**step for step in range(1, 5)])
+    assert lines[-1]["learning_rate"] == 0.0
+
+
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(small, straight):
     curve = steps(small, straight("one_straight", *layout()))
     process = start(small, "run.name=killed")
@@ -117,4 +137,4 @@ def test_weights_of_another_run_start_a_new_one(small, straight):
     words = [f"checkpoint.load=runs/{source}", "checkpoint.finetune=true", "training.train_iters=3"]
     yuan(small, "pretrain", "recipe=small", "run.name=tuned", *words)
     assert list(losses(small, "tuned")) == [1, 2, 3]
-    assert losses(small, "tuned")[1] < losses(small, source)[1] - 0.5
+    assert losses(small, "tuned")[1] < losses(small, source)[1] - 0.2
