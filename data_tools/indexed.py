@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import IndexedError
+from data_tools.lock import Lock
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -48,7 +49,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Writes one .bin/.idx pair, document by document, in bounded memory.
+    """Writes one .bin/.idx pair, document by document, in bounded memory; locked against a second writer.
 
     Everything goes into `.part` files beside the output. `finish` makes the pair appear, the .idx last; without it,
     leaving the `with` block removes the `.part` files and what was there before stays as it was.
@@ -56,6 +57,9 @@ class IndexedWriter:
     Args:
         prefix: path of the pair without suffix; its folder exists.
         dtype: of the tokens (`token_dtype`).
+
+    Raises:
+        DataError: another process is writing this pair.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | str):
@@ -63,6 +67,7 @@ class IndexedWriter:
         self.documents = self.sequences = self.tokens = 0
         self._code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.dtype)
         self._bin_part, self._idx_part = (path.with_name(path.name + ".part") for path in (bin_path(prefix), idx_path(prefix)))
+        self._lock = Lock(Path(f"{prefix}.lock"))
         self._bin = open(self._bin_part, "wb")
         # The index grows with the number of sequences, so it waits on disk, in files without a name, not in memory.
         self._lengths, self._boundaries = (tempfile.TemporaryFile(dir=self.prefix.parent) for _ in range(2))
@@ -134,6 +139,7 @@ class IndexedWriter:
             file.close()
         for part in (self._bin_part, self._idx_part):
             part.unlink(missing_ok=True)
+        self._lock.release()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -196,6 +202,11 @@ class IndexedReader:
         except (OSError, ValueError, LookupError, TypeError):
             return None
         return description if counts == (self.documents, self.tokens) else None  # another tool rewrote the pair
+
+    def sampled_id_range(self, tokens: int = 1 << 22) -> tuple[int, int]:
+        """The smallest and the largest id among the first and the last `tokens` (32 MiB at most); (0, -1) without any."""
+        ends = [part for part in (self._data[:tokens], self._data[max(tokens, self.tokens - tokens) :]) if len(part)]
+        return int(min((part.min() for part in ends), default=0)), int(max((part.max() for part in ends), default=-1))
 
     def _torn(self, what: str) -> IndexedError:
         return IndexedError(what, str(idx_path(self.prefix)), "make the pair again with `yuan preprocess`")

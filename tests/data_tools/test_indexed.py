@@ -1,13 +1,19 @@
 """The .bin/.idx format, held against megatron-core's own builder and reader."""
 
+import fcntl
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from data_tools.errors import IndexedError
+from data_tools.errors import DataError, IndexedError
 from data_tools.indexed import IndexedReader, IndexedWriter, bin_path, description_path, idx_path, token_dtype
+from data_tools.lock import Lock
 
 SEQUENCE = st.lists(st.integers(0, 65499), max_size=5)
 DOCUMENTS = st.lists(st.lists(SEQUENCE.filter(len), max_size=3), min_size=1, max_size=6)
@@ -134,3 +140,40 @@ def test_torn_files_are_refused(tmp_path):
     bin_path(prefix).write_bytes(data)
     with pytest.raises(IndexError):
         IndexedReader(prefix).get(2)
+
+
+def test_two_writers_of_one_output(tmp_path):
+    """The second is refused with the first's pid; when the first is gone, in whatever way, it may."""
+    code = "import sys; from data_tools.indexed import IndexedWriter as W; w = W(sys.argv[1], '<u2'); print('held', flush=True); sys.stdin.read()"
+    job = subprocess.Popen([sys.executable, "-c", code, tmp_path / "x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert job.stdout.readline() == b"held\n"
+    with pytest.raises(DataError, match=f"another process is writing this output: pid {job.pid}"):
+        IndexedWriter(tmp_path / "x", np.uint16)
+    IndexedWriter(tmp_path / "y", np.uint16).close()
+    job.kill()
+    job.communicate()
+    write(tmp_path / "x", [[[1]]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+def test_a_lock_that_its_holder_removes_as_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    first = Lock(tmp_path / "x.lock")
+    flock = fcntl.flock
+
+    def after_the_release(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.release()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_release)
+    second = Lock(tmp_path / "x.lock")
+    with pytest.raises(DataError, match=f"pid {os.getpid()}"):
+        Lock(tmp_path / "x.lock")
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_of_the_ids(tmp_path):
+    write(tmp_path / "x", [[[5, 1, 2, 9, 3, 4, 7]]])
+    reader = IndexedReader(tmp_path / "x")
+    assert [reader.sampled_id_range(n) for n in (1, 2, 4, 100)] == [(5, 7), (1, 7), (1, 9), (1, 9)]
