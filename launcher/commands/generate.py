@@ -13,23 +13,16 @@ import typer
 import launcher.workers
 from launcher.errors import UserError, raise_all
 from launcher.launch.torchrun import launch
-from launcher.recipe import Loaded, check_layout, check_model
+from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
+from launcher.recipe.check import ensure
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.inference import find_checkpoint, inference_recipe
-from launcher.recipe.problem import Case
 from launcher.recipe.schema import Generate, Recipe
 from launcher.run.folder import RunFolder
 from launcher.workers.generate import SUMMARY
 
 WORKER = Path(launcher.workers.__file__).with_name("generate.py")
-CHECKS = (
-    check_model.generation_ranges,
-    check_layout.world,
-    check_layout.tensor_parallel,
-    check_layout.pipeline,
-    check_layout.machines,
-)
 _INPUT_HELP = "JSONL with query (or prompt, text, or instruction and input) on each line."
 _GREEDY_HELP = "Always the likeliest token; so it is too where no option of sampling is given."
 _TOP_P_HELP = "Sample among the likeliest tokens whose probabilities add up to p."
@@ -71,7 +64,7 @@ def generate(
     checkpoint, passed = find_checkpoint(loaded)
     found = " (the newest)" if loaded.recipe.generate.load is None else ""
     recipe, sources = inference_recipe(loaded, checkpoint)
-    raise_all([problem.as_error() for one in CHECKS for problem in one(Case(recipe, sources))])
+    ensure(Loaded(recipe, sources, loaded.name), "generate")
     for line in passed:
         typer.echo(f"warning: passed over: {line}", err=True)
     typer.echo(_plan(recipe, found), err=True)

@@ -18,22 +18,18 @@ from launcher.commands.tokenizer import (
     VocabFile,
     VocabSize,
     Words,
-    tokenizer_of,
     tokenizer_options,
     typed_keys,
 )
-from launcher.errors import UserError, raise_all
+from launcher.errors import UserError
 from launcher.recipe import Loaded, load
+from launcher.recipe.check import ensure
+from launcher.recipe.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from data_tools.preprocess import Counts
-    from data_tools.tokenizers import Tokenizer
 
 _TRAINING_RECIPE = "345m_1dp"  # what the closing line proposes when the data were made without a training recipe
-_INPUT_FIX = (
-    "give a JSONL file, one object such as {{\"text\": \"...\"}} per line, with --input FILE.jsonl;"
-    " for a small one to try: python examples/make_corpus.py {}"
-)
 _KEYS_HELP = "Keys of each line to tokenize, one output each: --json-keys text title"
 
 
@@ -95,7 +91,8 @@ def _run(loaded: Loaded) -> None:
     from data_tools.indexed import bin_path, idx_path
     from data_tools.preprocess import dataset_prefix, preprocess
 
-    tokenizer = _check(loaded)
+    ensure(loaded, "preprocess")
+    tokenizer = tokenizer_of(loaded.recipe.tokenizer)
     asked = loaded.recipe.preprocess
     source, output, workers = str(asked.input), str(asked.output_prefix), asked.workers or 1
     prefixes = [dataset_prefix(output, key) for key in asked.json_keys]
@@ -117,28 +114,6 @@ def _run(loaded: Loaded) -> None:
     except OSError as error:
         raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
     _report(loaded, prefixes, list(counts.values()), time.monotonic() - started)
-
-
-def _check(loaded: Loaded) -> Tokenizer:
-    """Everything that can be known before the first line is read, all faults at once."""
-    from data_tools.errors import DataError
-    from data_tools.jsonl import check_readable
-
-    asked, faults = loaded.recipe.preprocess, []
-    if not asked.output_prefix:
-        faults.append(UserError("preprocess.output_prefix is not given", f"recipe {loaded.name}", "--output-prefix data/my-gpt2"))
-    if not asked.input:
-        faults.append(UserError("preprocess.input is not given", f"recipe {loaded.name}", _INPUT_FIX.format("data/corpus.jsonl")))
-    else:
-        try:
-            check_readable(Path(asked.input))
-        except DataError as error:
-            fix = error.fix if Path(asked.input).exists() else _INPUT_FIX.format(asked.input)
-            faults.append(UserError(error.what, f"preprocess.input ({loaded.sources['preprocess.input']})", fix))
-    tokenizer = tokenizer_of(loaded, faults)
-    raise_all(faults)
-    assert tokenizer is not None
-    return tokenizer
 
 
 def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: float) -> None:

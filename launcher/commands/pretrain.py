@@ -18,6 +18,7 @@ from launcher.recipe.check import ensure
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.schema import Recipe
+from launcher.recipe.size import parameters
 from launcher.run.folder import RunFolder, open_run
 
 WORKER = Path(launcher.workers.__file__).with_name("pretrain.py")
@@ -55,7 +56,8 @@ def plan(recipe: Recipe) -> str:
     return "\n".join(
         [
             f"run        {recipe.run.dir}",
-            f"model      {model.family}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, vocabulary {derived.vocab_size}",
+            f"model      {model.family}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads,"
+            f" vocabulary {derived.vocab_size}, {parameters(recipe) / 1e6:,.1f} M parameters",
             f"processes  {layout}, {training.precision}",
             f"batch      {batch}",
             f"training   {steps}{derived.train_samples:,} samples, {derived.train_samples * training.seq_length:,} tokens",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from launcher.errors import UserError, raise_all
+from launcher.errors import UserError
 from launcher.recipe import Loaded, load
-
-if TYPE_CHECKING:
-    from data_tools.tokenizers import Tokenizer
+from launcher.recipe.check import ensure
+from launcher.recipe.problem import typed
+from launcher.recipe.tokenizer import tokenizer_of
 
 app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -40,30 +40,10 @@ def tokenizer_options(**values: object) -> dict[str, tuple[object, str]]:
     return {f"tokenizer.{key}": (value, flags[key]) for key, value in values.items()}
 
 
-def tokenizer_of(loaded: Loaded, faults: list[UserError]) -> Tokenizer | None:
-    """The recipe's tokenizer; what is wrong with it goes to `faults`, a value typed for another type too."""
-    from data_tools.errors import DataError
-    from data_tools.tokenizers import TOKENIZER_ARGUMENTS, build_tokenizer
-
-    arguments, sources = vars(loaded.recipe.tokenizer), loaded.sources
-    kind = arguments["type"]
-    for key in typed_keys(loaded):
-        if key not in (*TOKENIZER_ARGUMENTS[kind], "type"):
-            users = " or ".join(name for name, takes in TOKENIZER_ARGUMENTS.items() if key in takes)
-            where = sources[f"tokenizer.{key}"]
-            faults.append(UserError(f"tokenizer.{key} is of no use to {kind}", where, f"leave it out, or --tokenizer-type {users}"))
-    try:
-        return build_tokenizer(**arguments)
-    except DataError as error:
-        where = f"{error.where} ({sources[error.where]})" if error.where in sources else error.where
-        faults.append(UserError(error.what, where, error.fix))
-        return None
-
-
 def typed_keys(loaded: Loaded) -> list[str]:
     """Keys under `tokenizer` whose values the user typed, and did not leave to a recipe or a default."""
-    typed = (key for key, value in vars(loaded.recipe.tokenizer).items() if value is not None)
-    return [key for key in typed if loaded.sources[f"tokenizer.{key}"].startswith(("--", "command line"))]
+    given = (key for key, value in vars(loaded.recipe.tokenizer).items() if value is not None)
+    return [key for key in given if typed(loaded.sources[f"tokenizer.{key}"])]
 
 
 @app.command()
@@ -128,10 +108,9 @@ def show(
         vocab_size=vocab_size,
         plain_special_tokens=plain_special_tokens,
     )
-    faults: list[UserError] = []
-    tokenizer = tokenizer_of(load(words or [], given, default="preprocess"), faults)
-    raise_all(faults)
-    assert tokenizer is not None
+    loaded = load(words or [], given, default="preprocess")
+    ensure(loaded, "tokenizer")
+    tokenizer = tokenizer_of(loaded.recipe.tokenizer)
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:

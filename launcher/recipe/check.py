@@ -31,8 +31,16 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         check_data.data,
         check_checkpoint.load,
     ),
-    "preprocess": (check_model.ranges, check_data.tokenizer, check_data.preprocess_input),
-    "generate": (check_model.generation_ranges,),
+    "tokenizer": (check_data.tokenizer,),
+    "preprocess": (check_model.ranges, check_data.preprocess_input, check_data.tokenizer),
+    "generate": (
+        check_model.ranges,
+        check_model.generation_ranges,
+        check_layout.world,
+        check_layout.tensor_parallel,
+        check_layout.pipeline,
+        check_layout.machines,
+    ),
 }
 
 

@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.recipe.problem import Case, Problem
+from launcher.recipe.problem import Case, Problem, typed
+from launcher.recipe.tokenizer import tokenizer_of
 
 SETS = ("train", "valid", "test")
+_INPUT_FIX = (
+    'give a JSONL file, one object such as {{"text": "..."}} per line, with --input FILE.jsonl;'
+    " for a small one to try: python examples/make_corpus.py {}"
+)
 
 
 class BlendError(ValueError):
@@ -22,12 +27,18 @@ class BlendError(ValueError):
 
 
 def tokenizer(case: Case) -> Iterator[Problem]:
-    """Its files are there and make a tokenizer; a vocab_size that was given is theirs."""
-    from data_tools.tokenizers import TokenizerError
+    """Its files are there and make a tokenizer; a vocab_size that was given is theirs; nothing was typed in vain."""
+    from data_tools.tokenizers import TOKENIZER_ARGUMENTS, TokenizerError
 
     t = case.recipe.tokenizer
+    for key, value in vars(t).items():
+        users = " or ".join(name for name, takes in TOKENIZER_ARGUMENTS.items() if key in takes)
+        in_vain = value is not None and key not in ("type", "vocab_size", *TOKENIZER_ARGUMENTS[t.type])
+        if in_vain and typed(case.sources[f"tokenizer.{key}"]):
+            fix = f"leave it out, or tokenizer.type={users}"
+            yield Problem(f"tokenizer.{key} is of no use to {t.type}", case.at(f"tokenizer.{key}"), fix)
     try:
-        built = _build_tokenizer(case)
+        built = tokenizer_of(t)
     except TokenizerError as error:
         where = error.where if error.where not in case.sources else case.at(error.where)
         yield Problem(error.what, where, error.fix)
@@ -40,25 +51,22 @@ def tokenizer(case: Case) -> Iterator[Problem]:
         )
 
 
-def _build_tokenizer(case: Case):
-    from data_tools.tokenizers import build_tokenizer
-
-    settings = dict(vars(case.recipe.tokenizer))
-    return build_tokenizer(settings.pop("type"), **settings)
-
-
 def preprocess_input(case: Case) -> Iterator[Problem]:
     """The text to tokenize and a place for the result."""
+    from data_tools.errors import InputError
+    from data_tools.jsonl import check_readable
+
     p = case.recipe.preprocess
-    for key in ("preprocess.input", "preprocess.output_prefix"):
-        if not case.value(key):
-            yield Problem(
-                f"{key} is not given", "no recipe and no option gives it", f"--{key.split('.')[1].replace('_', '-')} PATH"
-            )
-    if p.input and not Path(p.input).is_file():
-        yield Problem(
-            f"no such file: {p.input}", case.at("preprocess.input"), 'a JSONL file: {"text": "..."} on each line; --input FILE'
-        )
+    if not p.output_prefix:
+        yield Problem("preprocess.output_prefix is not given", "no recipe and no option gives it", "--output-prefix data/my-gpt2")
+    if not p.input:
+        yield Problem("preprocess.input is not given", "no recipe and no option gives it", _INPUT_FIX.format("data/corpus.jsonl"))
+    else:
+        try:
+            check_readable(Path(p.input))
+        except InputError as error:
+            fix = error.fix if Path(p.input).exists() else _INPUT_FIX.format(p.input)
+            yield Problem(error.what, case.at("preprocess.input"), fix)
     if not p.json_keys:
         yield Problem("no key of the JSON objects is named", case.at("preprocess.json_keys"), "preprocess.json_keys=[text]")
 
@@ -164,7 +172,8 @@ def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, f
     except DataError as error:
         yield Problem(error.what, error.where, error.fix)
         return
-    yield from _made_with(case, key, prefix, reader.description)
+    other = list(_made_with(case, key, prefix, reader.description))
+    yield from other or _ids(case, key, prefix, reader)
     empty = [i for i, share in enumerate(shares) if share and not _holds_tokens(reader, share)]
     if empty:
         names = " and ".join(SETS[i] for i in empty)
@@ -201,14 +210,31 @@ def _made_with(case: Case, key: str, prefix: str, description: dict[str, Any] | 
 
     made = (description or {}).get("tokenizer")
     try:
-        mine = _build_tokenizer(case)
+        mine = tokenizer_of(case.recipe.tokenizer)
     except TokenizerError:
         return  # reported by `tokenizer`
     if made and made.get("sha256") != mine.hash():
+        was, now = (made.get("type"), made.get("vocab_size")), (mine.type, mine.vocab_size)
+        differs = f"{was[0]} of {was[1]} ids, not {now[0]} of {now[1]}"
+        if was == now:
+            differs = f"also a {now[0]} of {now[1]} ids, but from other files or with other options"
         yield Problem(
-            f"{prefix} was made with another tokenizer: {made.get('type')} of {made.get('vocab_size')} ids, not {mine.type} of {mine.vocab_size}",
+            f"{prefix} was made with another tokenizer: {differs}",
             case.at(key, "tokenizer.type"),
             f"take the tokenizer's files of then, or make the data again: {preprocess_command(case, prefix)}",
+        )
+
+
+def _ids(case: Case, key: str, prefix: str, reader: Any) -> Iterator[Problem]:
+    """Whether every id is one of the tokenizer's: of data that other tools made, only a sample is looked at."""
+    size, padded = case.recipe.derived.vocab_size, case.recipe.derived.padded_vocab_size
+    known = (reader.description or {}).get("largest_id")
+    least, largest = (0, known) if isinstance(known, int) else reader.sampled_id_range()
+    if size is not None and (largest >= size or least < 0):
+        yield Problem(
+            f"{prefix} holds the id {largest if largest >= size else least}, and the vocabulary is {size} ids, padded to {padded}",
+            case.at(key, "tokenizer.type"),
+            f"take the tokenizer that the data were made with, or make them again: {preprocess_command(case, prefix)}",
         )
 
 

@@ -156,8 +156,11 @@ def _uneven(case: Case, layers: int, pp: int) -> Iterator[Problem]:
 
 
 def interleaving(case: Case) -> Iterator[Problem]:
-    """Virtual stages: whole ones on each rank, more than one rank, and micro batches in groups of PP."""
-    p, layers, micro = case.recipe.parallel, case.recipe.model.num_layers or 0, case.recipe.derived.num_microbatches
+    """Virtual stages: whole ones on each rank, more than one rank, and micro batches in groups of PP.
+
+    One virtual stage per rank is the ordinary schedule, as with Megatron-LM, and asks for nothing.
+    """
+    p, layers = case.recipe.parallel, case.recipe.model.num_layers or 0
     pp, per_virtual = p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
     virtual, key = 1, VP
     if p.pipeline_model_parallel_layout is not None:
@@ -179,14 +182,24 @@ def interleaving(case: Case) -> Iterator[Problem]:
         return
     if pp < 2:
         yield Problem("virtual stages need a pipeline of at least 2 stages", case.at(key, PP), f"{PP}=2, or {key}=null")
-    elif micro and micro % pp:
-        size = case.recipe.training.global_batch_size // micro
-        wanted = " or ".join(str(int(n) * size) for n in nearest(micro, pp).split(" or "))
-        yield Problem(
-            f"the interleaved schedule takes micro batches in groups of PP {pp}, and a step has {micro}",
-            case.at("training.global_batch_size", PP),
-            f"training.global_batch_size={wanted}",
-        )
+    else:
+        yield from _groups_of_micro_batches(case, pp)
+
+
+def _groups_of_micro_batches(case: Case, pp: int) -> Iterator[Problem]:
+    t, ramp = case.recipe.training, "training.rampup_batch_size"
+    at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
+    sizes = [("training.global_batch_size", "a step", t.global_batch_size or 0)]
+    if len(t.rampup_batch_size or []) == 3:
+        sizes += [(ramp, "the ramp's start", t.rampup_batch_size[0]), (ramp, "the ramp's increment", t.rampup_batch_size[1])]
+    for key, name, size in sizes:
+        if at_once > 0 and size > 0 and size % at_once == 0 and size // at_once % pp:
+            yield Problem(
+                f"the interleaved schedule takes micro batches in groups of PP {pp}, and {name} has {size // at_once}",
+                case.at(key, PP),
+                f"{key}={nearest(size, at_once * pp)}" if key != ramp else f"{name} {nearest(size, at_once * pp)}",
+            )
+            return  # mending one may mend the next
 
 
 def recompute(case: Case) -> Iterator[Problem]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from checkpoints.folder import TRACKER, CheckpointError, newest_checkpoint
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
 from launcher.recipe.frozen import read_frozen
+from launcher.recipe.problem import typed
 from launcher.recipe.resolve import keep_padded_vocabulary, resolve
 from launcher.recipe.schema import Derived, Launch, Parallel, Recipe
+from launcher.recipe.tokenizer import tokenizer_of
 
 # How the stages of a pipeline are cut: of no meaning for another number of stages.
 STAGE_KEYS = (
@@ -55,12 +56,8 @@ def _of(path: Path, where: str) -> Path:
 
 def describes_model(loaded: Loaded) -> bool:
     """Whether the named recipe says what is trained, and not only how to generate."""
-    from_files = (key for key, source in loaded.sources.items() if source not in ("default", "derived") and not _typed(source))
+    from_files = (key for key, source in loaded.sources.items() if source not in ("default", "derived") and not typed(source))
     return any(key.startswith("model.") for key in from_files)
-
-
-def _typed(source: str) -> bool:
-    return source.startswith(("--", "command line"))
 
 
 def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str, str]]:
@@ -74,7 +71,8 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
     """
     base, asked = _trained_with(loaded, checkpoint), loaded.recipe
     taken = _taken(loaded, base is asked)
-    sources = dict.fromkeys(loaded.sources, FROM_CHECKPOINT) | {key: loaded.sources[key] for key in taken}
+    sources = dict.fromkeys(loaded.sources, FROM_CHECKPOINT)
+    sources |= {key: source for key, source in loaded.sources.items() if key in taken or key.startswith("generate.")}
     trained, padded = base.parallel, base.derived.padded_vocab_size
     base.generate, base.derived = asked.generate, Derived()
     base.generate.load = str(checkpoint)
@@ -117,8 +115,7 @@ def _taken(loaded: Loaded, described: bool) -> list[str]:
     Of a recipe that trains a model only `generate.*` is taken: the checkpoint knows what it was really trained with.
     """
     given = {key: source for key, source in loaded.sources.items() if source not in ("default", "derived")}
-    typed = {key for key, source in given.items() if _typed(source)}
-    wanted = typed if describes_model(loaded) else set(given)
+    wanted = {key for key, source in given.items() if typed(source)} if describes_model(loaded) else set(given)
     free = {key for key in wanted if key.split(".")[0] in FREE_GROUPS or key in FREE_KEYS}
     faults = []
     for key in sorted(wanted - free):
@@ -144,16 +141,15 @@ def _refuse_other_layout(recipe: Recipe, trained: Parallel, checkpoint: Path) ->
 
 def _use_copied_tokenizer(recipe: Recipe, checkpoint: Path) -> None:
     """Point the tokenizer's keys at the copies in the checkpoint, and see that it can be built."""
-    from data_tools.tokenizers import TokenizerError, build_tokenizer
+    from data_tools.errors import TokenizerError
 
-    settings = {f.name: getattr(recipe.tokenizer, f.name) for f in fields(recipe.tokenizer)}
     for key in ("tokenizer_model", "vocab_file", "merge_file"):
-        copy = checkpoint / "tokenizer" / Path(settings[key] or "").name
-        if settings[key] and copy.is_file():
-            settings[key] = str(copy)
+        path = getattr(recipe.tokenizer, key)
+        copy = checkpoint / "tokenizer" / Path(path or "").name
+        if path and copy.is_file():
             setattr(recipe.tokenizer, key, str(copy))
     try:
-        build_tokenizer(settings.pop("type"), **settings)
+        tokenizer_of(recipe.tokenizer)
     except TokenizerError as error:
         raise UserError(error.what, f"{error.where} (tokenizer of {checkpoint})", error.fix) from None
 

@@ -49,6 +49,11 @@ class Case:
         return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def typed(source: str) -> bool:
+    """Whether a value's source is what the user typed, an option or a word, and no recipe and no default."""
+    return source.startswith(("--", "command line"))
+
+
 Check = Callable[[Case], Iterator[Problem]]
 
 

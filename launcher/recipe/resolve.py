@@ -6,11 +6,11 @@ What cannot be derived from impossible values stays None: `check` says what is w
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from typing import Any
 
 from launcher.recipe.device import resolve_device
 from launcher.recipe.schema import Recipe, Tokenizer
+from launcher.recipe.tokenizer import tokenizer_of
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's, where data_path comes without a split
 
@@ -137,11 +137,10 @@ def _vocabulary(recipe: Recipe, fill) -> None:
 
 def vocabulary_size(tokenizer: Tokenizer) -> int | None:
     """How many ids the tokenizer has; None where it cannot be built, which `check` explains."""
-    from data_tools.tokenizers import TokenizerError, build_tokenizer
+    from data_tools.errors import TokenizerError
 
-    settings = {f.name: getattr(tokenizer, f.name) for f in fields(tokenizer)}
     try:
-        return build_tokenizer(settings.pop("type"), **settings).vocab_size
+        return tokenizer_of(tokenizer).vocab_size
     except TokenizerError:
         return None
 
@@ -152,5 +151,6 @@ def keep_padded_vocabulary(recipe: Recipe, padded: int | None) -> None:
     It follows from TP, and another one adds or takes logits that share the softmax: the loss would jump (9.2093 to
     9.2136 from 50304 to 50432 in one measured case).
     """
-    if padded and padded >= (recipe.derived.vocab_size or 0) and padded % recipe.parallel.tensor_model_parallel_size == 0:
+    tp = recipe.parallel.tensor_model_parallel_size
+    if padded and padded >= (recipe.derived.vocab_size or 0) and tp > 0 and padded % tp == 0:
         recipe.derived.padded_vocab_size = padded

@@ -265,8 +265,6 @@ class Logging:
 
 @dataclass
 class Launch:
-    kind: Literal["torchrun"] = "torchrun"
-    """How the processes are started."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Ours: auto is cuda where an NVIDIA GPU is present."""
     nproc_per_node: int = 1

@@ -94,13 +94,14 @@ def test_everything_missing_is_named_at_once(yuan, tmp_path):
         ("--tokenizer-type BertTokenizer", "tokenizer.type must be"),
         ("preprocess.output_prefix=null", "preprocess.output_prefix is not given"),
         ("--input data", "not a file: data"),
+        ("preprocess.workers=-1", "preprocess.workers must be at least 1, not -1"),
         ("--json-keys text text", "each key once"),
         ("--key headline", "no key 'headline'"),
         ("preproces.input=x", "unknown key preproces.input"),
     ],
 )
 def test_refusals(yuan, defaults, tmp_path, words, says):
-    code, _, err = yuan(f"preprocess {words} --workers 1")
+    code, _, err = yuan(f"preprocess {words}" + ("" if "workers" in words else " --workers 1"))
     assert code == 2 and says in err and "fix:" in err and "Traceback" not in err
     assert not list(tmp_path.glob("data/my-gpt2*"))
 

@@ -89,7 +89,7 @@ def test_every_fault_is_shown_and_nothing_is_started(home):
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(home):
     code, _, err = yuan(home, "pretrain", "recipe=tiny", "--dry-run")
     assert code == 0
-    assert "model      gpt2: 2 layers, hidden 32, 2 heads, vocabulary 51\n" in err
+    assert "model      gpt2: 2 layers, hidden 32, 2 heads, vocabulary 51, 0.0 M parameters\n" in err
     assert not (home / "runs").exists()
 
 

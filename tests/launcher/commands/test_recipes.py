@@ -72,7 +72,7 @@ def test_copy_makes_a_recipe_that_hides_the_packaged_one_and_never_overwrites(yu
 def test_keys_documents_a_group_or_one_key(yuan):
     assert yuan("keys").count("\n") == 2 * len(table())
     launch = yuan("keys", "launch").splitlines()
-    assert launch[0] == "launch.kind  (one of torchrun, default torchrun)"
+    assert launch[0] == "launch.device  (one of auto, cpu, cuda, default auto)"
     assert yuan("keys", "training.seed").splitlines()[0] == "training.seed  (a whole number, default 1234)"
     with pytest.raises(UserError, match="trainin") as raised:
         yuan("keys", "trainin")

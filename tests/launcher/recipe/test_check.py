@@ -3,6 +3,7 @@
 import json
 import struct
 
+import numpy as np
 import pytest
 
 from data_tools.indexed import IndexedReader, idx_path
@@ -21,6 +22,9 @@ launch: {device: cpu}
 """
 FOUR = ("launch.nproc_per_node=4",)
 BY_SAMPLES = ("training.train_samples=800",)
+INTERLEAVED = (
+    "launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2", "parallel.num_layers_per_virtual_pipeline_stage=2",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -117,6 +121,8 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
             "groups of PP 2, and a step has 3",
             "training.global_batch_size=4 or 8",
         ),
+        ((*INTERLEAVED, *BY_SAMPLES, "training.rampup_batch_size=[2,6,100]"), "the ramp's start has 1", "start 4"),
+        ((*INTERLEAVED, *BY_SAMPLES, "training.rampup_batch_size=[4,2,100]"), "the ramp's increment has 1", "increment 4"),
         (("parallel.pipeline_model_parallel_layout=Et*8Lx",), "'x' mean", "Et*3|t*3L"),
         (("parallel.pipeline_model_parallel_layout=Et*7L",), "places 7 layers, and the model has 8", "8 times t"),
         (
@@ -191,6 +197,13 @@ def test_refused_with_the_nearest_way_out(problems, words, what, fix):
     assert len([problem for problem in found if problem.severity == found[0].severity]) == 1, [problem.what for problem in found]
     assert what in found[0].what
     assert fix in found[0].fix
+
+
+def test_one_virtual_stage_per_rank_is_the_ordinary_schedule(problems):
+    assert problems("parallel.num_layers_per_virtual_pipeline_stage=8") == []
+    two = ("launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2", "training.global_batch_size=6")
+    assert problems(*two, "parallel.num_layers_per_virtual_pipeline_stage=4") == []
+    assert problems(*INTERLEAVED, *BY_SAMPLES, "training.rampup_batch_size=[4,4,100]") == []
 
 
 def test_what_is_required_is_named_all_at_once(write_recipe):
@@ -273,6 +286,34 @@ def test_data_of_another_tokenizer_are_refused(problems, write_data, workspace):
     assert "GPT2BPETokenizer of 50257 ids, not NullTokenizer of 51" in problem.what
 
 
+def test_data_of_other_files_of_an_equal_size_say_so(problems, workspace):
+    tokenizer = {"type": "NullTokenizer", "sha256": "x", "vocab_size": 51}
+    (workspace / "data_text_document.json").write_text(json.dumps({"documents": 20, "tokens": 400, "tokenizer": tokenizer}))
+    (problem,) = problems()
+    assert problem.what.endswith("also a NullTokenizer of 51 ids, but from other files or with other options")
+
+
+@pytest.mark.parametrize("place", [0, 399])
+def test_ids_outside_the_vocabulary_are_refused(problems, place):
+    """Data of another tool: the first and last tokens are looked at. Megatron would die of an index, on a GPU by an assert."""
+    assert problems("tokenizer.vocab_size=49") == []
+    (known,) = problems("tokenizer.vocab_size=18", "model.make_vocab_size_divisible_by=16")
+    assert known.what == "data_text_document holds the id 19, and the vocabulary is 19 ids, padded to 32"
+    tokens = np.memmap("data_text_document.bin", "<u2", "r+")
+    tokens[place] = 300
+    (problem,) = problems()
+    assert problem.what == "data_text_document holds the id 300, and the vocabulary is 51 ids, padded to 128"
+    (inside,) = (one for one in problems("tokenizer.vocab_size=200") if "300" in one.what)
+    assert "padded to 256" in inside.what
+    assert problems("tokenizer.vocab_size=300") == []
+
+
+def test_the_largest_id_of_all_is_believed_where_it_was_noted(problems, workspace):
+    (workspace / "data_text_document.json").write_text(json.dumps({"documents": 20, "tokens": 400, "largest_id": 51}))
+    (problem,) = problems()
+    assert "holds the id 51, and the vocabulary is 51 ids" in problem.what
+
+
 def test_gpus_are_counted_as_torch_would_see_them(monkeypatch):
     monkeypatch.setattr(device, "version", lambda _: "2.13.0")
     monkeypatch.setattr(device.Path, "glob", lambda self, _: [1, 2, 3])
@@ -292,6 +333,10 @@ def test_the_other_verbs_have_their_own_checks(problems, workspace):
     assert [problem.what for problem in found] == ["preprocess.output_prefix is not given", "no such file: gone.jsonl"]
     (problem,) = problems("generate.top_p=1.5", "training.global_batch_size=7", verb="generate")
     assert problem.what == "generate.top_p must be at most 1, not 1.5"
+    (problem,) = problems("tokenizer.merge_file=x", verb="tokenizer")
+    assert problem.what == "tokenizer.merge_file is of no use to NullTokenizer" and "GPT2BPETokenizer" in problem.fix
+    (problem,) = problems("parallel.tensor_model_parallel_size=0", verb="generate")
+    assert problem.what == "parallel.tensor_model_parallel_size must be at least 1, not 0"
 
 
 def test_the_written_data_are_what_they_should_be(write_data):

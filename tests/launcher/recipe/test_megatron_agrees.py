@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from launcher.recipe.check_data import BlendError, parse_blend, parse_split
 from launcher.recipe.check_layout import pipeline, tensor_parallel
-from launcher.recipe.check_schedule import learning_rate, weight_decay
+from launcher.recipe.check_schedule import learning_rate, rampup, weight_decay
 from launcher.recipe.pipeline import LayoutError, parse_layout
 from launcher.recipe.problem import Case
 from launcher.recipe.resolve import resolve
@@ -174,5 +174,28 @@ def test_schedules(style, iters, decay, warmup, wsd, rates, weights, growth):
         )  # fmt: skip
         accepted = True
     except AssertionError:
+        accepted = False
+    assert accepted == (not ours), ours
+
+
+@settings(deadline=None, max_examples=100)
+@given(start=small, increment=small, samples=st.integers(0, 40), batch=small, micro=st.integers(1, 3))
+def test_growing_batches(start, increment, samples, batch, micro):
+    """Its asserts let a ramp over 0 samples and one from the whole batch pass; then it divides by zero."""
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    ours = faults_of(
+        [rampup],
+        training__train_samples=1000,
+        training__global_batch_size=batch,
+        training__micro_batch_size=micro,
+        training__rampup_batch_size=[start, increment, samples],
+    )
+    try:
+        theirs = RampupBatchsizeNumMicroBatchesCalculator(batch, micro, 1, False, 1, start, increment, samples)
+        for consumed in range(samples + 2):
+            theirs.update(consumed, consistency_check=True)
+        accepted = True
+    except (AssertionError, ZeroDivisionError):
         accepted = False
     assert accepted == (not ours), ours
