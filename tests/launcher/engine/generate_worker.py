@@ -73,7 +73,7 @@ def uncached(model, prompt, limit, vocab_size):
 def make(recipe, folder):
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
-    from launcher.engine.checkpoint import save
+    from launcher.engine.checkpoint import copy_tokenizer, save
     from launcher.engine.model import unwrap
     from launcher.engine.train import build
 
@@ -81,7 +81,9 @@ def make(recipe, folder):
     for family in FAMILIES:
         one = of_family(recipe, family)
         state = build(one)
-        save(one, state, folder.path / family / "checkpoints")
+        run = folder.path / family
+        copy_tokenizer(one, run / "tokenizer")
+        save(one, state, run / "checkpoints", run / "tokenizer")
         destroy_num_microbatches_calculator()
         model = unwrap(state.chunks[0]).eval()
         references[family] = [uncached(model, p, n, recipe.derived.vocab_size) for p, n in zip(PROMPTS, LIMITS, strict=True)]
