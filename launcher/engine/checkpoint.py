@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from checkpoints import folder as folders
 from checkpoints.folder import CheckpointError
 from launcher.engine import optimizer_state
-from launcher.engine.data import tokenizer_of
 from launcher.engine.model import unwrap
 from launcher.engine.train import Pending, TrainState
 from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
+from launcher.recipe.tokenizer import tokenizer_of
 
 # How the state is cut into tensors. `fully_reshardable` is the one form of the distributed optimizer's state that can be
 # loaded at another TP, PP and DP; megatron-core's default cannot.
@@ -101,7 +101,7 @@ def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
     if folder.is_dir():
         return
     folder.mkdir(parents=True)
-    for path in tokenizer_of(recipe).files.values():
+    for path in tokenizer_of(recipe.tokenizer).files.values():
         shutil.copy2(path, folder / Path(path).name)
 
 

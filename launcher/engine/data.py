@@ -14,8 +14,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset
 
-from data_tools.tokenizers import build_tokenizer
 from launcher.recipe.schema import Recipe
+from launcher.recipe.tokenizer import tokenizer_of
 
 
 class SequentialBatches:
@@ -56,7 +56,7 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Data
         blend_per_split=per_split,
         split=data.split if blend else None,
         path_to_cache=str(cache_folder(recipe)),
-        tokenizer=tokenizer_of(recipe),
+        tokenizer=tokenizer_of(recipe.tokenizer),
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
@@ -81,19 +81,6 @@ def cache_folder(recipe: Recipe) -> Path:
                 digest.update(block)
     base = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
     return base / digest.hexdigest()[:16]
-
-
-def tokenizer_of(recipe: Recipe):
-    """The recipe's tokenizer."""
-    t = recipe.tokenizer
-    return build_tokenizer(
-        t.type,
-        vocab_file=t.vocab_file,
-        merge_file=t.merge_file,
-        tokenizer_model=t.tokenizer_model,
-        vocab_size=t.vocab_size,
-        plain_special_tokens=t.plain_special_tokens,
-    )
 
 
 def reads_data(recipe: Recipe) -> bool:

@@ -21,12 +21,12 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     initialize(recipe)
     import torch
 
-    from launcher.engine.data import tokenizer_of
     from launcher.engine.generate.answer import Meter, answer_all, fill, to_prompts
     from launcher.engine.generate.records import read_lines, write_lines
+    from launcher.recipe.tokenizer import tokenizer_of
 
     first = torch.distributed.get_rank() == 0
-    tokenizer = tokenizer_of(recipe)
+    tokenizer = tokenizer_of(recipe.tokenizer)
     shared, lines = [None], []
     if first:
         lines = read_lines(Path(recipe.generate.input))

@@ -75,16 +75,18 @@ def agreed_checkpoint(recipe: Recipe, folder: RunFolder) -> tuple[Path | None, b
 
     found: list = [None, False, None]
     if torch.distributed.get_rank() == 0:
-        resume = folder.latest_iteration() is not None
-        path = folder.path if resume else recipe.checkpoint.load
+        load = recipe.checkpoint.load
         try:
-            found = [newest_checkpoint(Path(path)) if path else None, resume, None]
+            own = folder.newest_checkpoint()
+            found = [own or (newest_checkpoint(Path(load)) if load else None), own is not None, None]
+        except UserError as error:
+            found[2] = (error.what, error.where, error.fix)
         except CheckpointError as error:
-            found = [None, False, str(error)]
+            found[2] = (str(error), "checkpoint.load", "checkpoint.load=RUN_OR_CHECKPOINT")
     torch.distributed.broadcast_object_list(found, src=0)
     whole, resume, fault = found
     if fault is not None:
-        raise UserError(fault, "checkpoint.load", "checkpoint.load=RUN_OR_CHECKPOINT")
+        raise UserError(*fault)
     if whole is not None and not whole.is_dir():
         what = f"rank {torch.distributed.get_rank()} does not see {whole}"
         raise UserError(what, str(folder.path), "the run folder must lie on a disk that all machines share")
