@@ -98,6 +98,7 @@ def environment(recipe: Recipe, local_rank: int, address: str, port: int) -> dic
         env |= {"OMP_NUM_THREADS": str(spec.cpu_threads), "MKL_NUM_THREADS": str(spec.cpu_threads)}
     if recipe.derived.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
+        env.setdefault("MKL_DYNAMIC", "FALSE")  # as many threads under load as without: another number rounds otherwise
         env.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, 512 times fewer page faults
         if spec.nnodes == 1 and sys.platform == "linux":
             # gloo asks the resolver for the host's own name, which on laptops and in containers often fails.
