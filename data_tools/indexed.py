@@ -115,6 +115,7 @@ class IndexedWriter:
         if description:
             description_path(self.prefix).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         os.replace(self._idx_part, idx_path(self.prefix))
+        self.close()
 
     def _write_index(self) -> None:
         with open(self._idx_part, "wb") as out:
