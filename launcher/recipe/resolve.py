@@ -128,6 +128,7 @@ def _schedule(recipe: Recipe, fill) -> None:
 
 def _vocabulary(recipe: Recipe, fill) -> None:
     fill("derived.vocab_size", vocabulary_size(recipe.tokenizer))
+    fill("derived.vocab_size", recipe.tokenizer.vocab_size)  # stated by the recipe, whose files are not on this machine
     if recipe.tokenizer.type != "NullTokenizer":
         fill("tokenizer.vocab_size", recipe.derived.vocab_size)
     divisor = recipe.model.make_vocab_size_divisible_by * recipe.parallel.tensor_model_parallel_size

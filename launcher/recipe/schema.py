@@ -13,8 +13,8 @@ from typing import Any, List, Literal, Optional  # noqa: UP035  OmegaConf reads 
 
 @dataclass
 class Model:
-    family: Literal["gpt2", "llama"] = "gpt2"
-    """Which architecture, and so which names its tensors have in other formats."""
+    family: Literal["gpt2", "llama", "yuan2"] = "gpt2"
+    """Which architecture, and so which names its tensors have in other formats. yuan2 has filtered attention (LFA)."""
     num_layers: Optional[int] = None
     """Transformer layers."""
     hidden_size: Optional[int] = None
@@ -107,6 +107,8 @@ class Training:
     """Samples to train."""
     train_tokens: Optional[int] = None
     """Ours: tokens to train; rounded down to whole samples of seq_length."""
+    epochs: Optional[int] = None
+    """Ours, fine-tuning: how often every row of data.train is seen, instead of one of the above."""
     seed: int = 1234
     """Seed of the initial weights, the data order and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -195,6 +197,10 @@ class Data:
     """Validation data of the same kind."""
     test_data_path: Any = None
     """Test data of the same kind."""
+    train: Any = None
+    """Ours, fine-tuning: files of questions and answers (JSON array or JSONL), one or a list."""
+    valid: Any = None
+    """Ours, fine-tuning: the same to evaluate on."""
     reset_position_ids: bool = False
     """Positions start again after every end of document."""
     reset_attention_mask: bool = False
@@ -265,6 +271,8 @@ class Logging:
 
 @dataclass
 class Launch:
+    kind: Literal["torchrun", "slurm"] = "torchrun"
+    """Ours: torchrun starts the processes of this machine; slurm writes a batch script and submits it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Ours: auto is cuda where an NVIDIA GPU is present."""
     nproc_per_node: int = 1
@@ -279,6 +287,40 @@ class Launch:
     """How often a dead run is started again from its last whole checkpoint."""
     cpu_threads: Optional[int] = None
     """Ours: threads per process. Derived on a CPU: cores / nproc_per_node."""
+    gpu_memory_gib: Optional[float] = None
+    """Ours: memory of one GPU in GiB, which `yuan check` and `yuan plan` hold the estimate against."""
+    gpu_peak_tflops: Optional[float] = None
+    """Ours: a GPU's dense peak in training.precision (A100 bf16: 312, H100 bf16: 989), for the estimate of days."""
+    mfu: float = 0.4
+    """Ours: the share of that peak which the estimate of days assumes."""
+
+
+@dataclass
+class Slurm:
+    """With launch.kind=slurm. All of it is ours; what sbatch calls --nodes and --ntasks follows from `launch`."""
+
+    account: Optional[str] = None
+    """sbatch --account."""
+    partition: Optional[str] = None
+    """sbatch --partition."""
+    qos: Optional[str] = None
+    """sbatch --qos."""
+    time: Optional[str] = None
+    """sbatch --time, such as '2-00:00:00'."""
+    signal_seconds: int = 300
+    """Seconds before the time limit at which the run is told to save and end (sbatch --signal)."""
+    requeue: bool = True
+    """Queue the job again when it was stopped by the time limit or a preemption; it goes on from its checkpoint."""
+    container_image: Optional[str] = None
+    """Image for srun --container-image (pyxis/enroot)."""
+    container_mounts: List[str] = field(default_factory=list)
+    """HOST:CONTAINER paths for srun --container-mounts; the working folder is mounted in any case."""
+    environment: List[str] = field(default_factory=list)
+    """Names of environment variables handed on to the job. Their values are never written into the script."""
+    setup: List[str] = field(default_factory=list)
+    """Shell lines that every machine runs first, such as 'module load cuda' or 'source .venv/bin/activate'."""
+    sbatch_args: List[str] = field(default_factory=list)
+    """Further #SBATCH options, such as '--exclusive'."""
 
 
 @dataclass
@@ -313,6 +355,38 @@ class Generate:
     """Divides the positive and multiplies the negative logits of tokens already seen; 1 is off."""
     seed: int = 1234
     """Seed of the sampling."""
+
+
+@dataclass
+class Convert:
+    source: Optional[str] = None
+    """The checkpoint to convert: a folder of any known format and layout."""
+    target: Optional[str] = None
+    """The folder to write."""
+    to: Literal["torch_dist", "torch", "yuan", "pai", "hf", "mindspore"] = "torch_dist"
+    """The format to write."""
+    tensor_model_parallel_size: int = 1
+    """Tensor-parallel ranks of what is written, in formats that have ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages of what is written."""
+    pipeline_model_parallel_layout: Optional[str] = None
+    """Explicit stages of what is written, in Megatron's notation."""
+    dtype: Optional[Literal["bf16", "fp16", "fp32"]] = None
+    """Precision of what is written. Derived: that of the source."""
+    hf_config: Optional[str] = None
+    """A Hugging Face folder with config and tokenizer, for sources that carry none."""
+    fused_layout: Optional[Literal["separate", "concat", "grouped"]] = None
+    """MindSpore: how query, key and value lie in one matrix."""
+
+
+@dataclass
+class Serve:
+    """The model, its layout and the defaults of sampling are those of `generate`, `parallel` and `launch`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine's."""
+    port: int = 8000
+    """Port to listen on."""
 
 
 @dataclass
@@ -351,6 +425,9 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
     launch: Launch = field(default_factory=Launch)
+    slurm: Slurm = field(default_factory=Slurm)
     run: Run = field(default_factory=Run)
     generate: Generate = field(default_factory=Generate)
+    convert: Convert = field(default_factory=Convert)
+    serve: Serve = field(default_factory=Serve)
     derived: Derived = field(default_factory=Derived)

@@ -21,7 +21,7 @@ from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
 
 # What may differ between a run and its resumption: how fast, how long and how talkative it is, not what it computes.
-SAFE_GROUPS = {"parallel", "preprocess", "logging", "launch", "run", "generate"}
+SAFE_GROUPS = {"parallel", "preprocess", "logging", "launch", "slurm", "run", "generate", "convert", "serve"}
 SAFE_KEYS = {
     "training.train_iters", "training.train_samples", "training.train_tokens", "training.micro_batch_size",
     "training.eval_interval", "training.eval_iters", "training.exit_duration_in_mins", "training.exit_interval",
