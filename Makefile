@@ -21,7 +21,7 @@ quickstart: install  ## Text to answers on this machine in a few minutes
 	@$(BIN)/python examples/quickstart.py
 
 test: install    ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: install   ## Measure speed (ratios within one run)
 	$(BIN)/python -m tests.benchmarks
