@@ -12,7 +12,7 @@ import typer
 
 import launcher.workers
 from launcher.errors import UserError, raise_all
-from launcher.launch.torchrun import launch
+from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
@@ -133,7 +133,7 @@ def _run(recipe: Recipe) -> int:
         folder.logs.mkdir()
         write_frozen(recipe, folder.recipe)
         code = launch(recipe, folder, WORKER, "generate")
-        summary, died = folder.path / SUMMARY, code != 0
+        summary, died = folder.path / SUMMARY, code not in (0, STOPPED)
         if died or recipe.launch.node_rank > 0:
             return code
         if not summary.is_file():

@@ -12,7 +12,7 @@ import typer
 import launcher.workers
 from checkpoints.folder import newest_checkpoint
 from launcher.errors import UserError
-from launcher.launch.torchrun import launch
+from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import load
 from launcher.recipe.check import ensure
 from launcher.recipe.frozen import read_frozen
@@ -40,6 +40,8 @@ def pretrain(
     folder = open_run(loaded.recipe, loaded.sources, ["yuan", *sys.argv[1:]], accept_changes)
     _say_what_is_there(folder)
     code = launch(loaded.recipe, folder, WORKER, "pretrain")
+    if code == STOPPED and _complete(folder, loaded.recipe):  # by a signal that came after the last step
+        code = 0
     if code == 0 and _complete(folder, loaded.recipe):
         typer.echo(f"next       {_next_command(folder)}", err=True)
     raise typer.Exit(code)

@@ -8,7 +8,7 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import UserError, raise_all
+from launcher.launch.outcome import Outcome
 from launcher.launch.processes import Exit, how
 from launcher.run.folder import RunFolder
 
@@ -55,10 +55,18 @@ def report(found: list[Failure], folder: RunFolder) -> str:
     return "\n".join(lines)
 
 
-def raise_user_error(failure: Failure) -> None:
-    """Raise the UserError that ended a worker, if one did, so that it reads as if it had been raised before the launch."""
-    if failure.error:
-        raise_all([UserError(**mistake) for mistake in failure.error["user_errors"]])
+def as_outcome(found: list[Failure], machine: int) -> Outcome:
+    """What the other machines hear of these failures: a mistake of the user's, or the first cause."""
+    first = found[0]
+    mistakes = first.error["user_errors"] if first.error else []
+    return Outcome("mistake" if mistakes else "failed", machine, _shorten(first.line()), list(first.order), mistakes)
+
+
+def report_elsewhere(verdict: Outcome, found: list[Failure]) -> str:
+    """The lines a user sees on a machine other than the one where the run died."""
+    where = "" if verdict.kind == "lost" else f"machine {verdict.machine}: "
+    lines = [f"the run died, first of {where}{verdict.text}"]
+    return "\n".join(lines + (["", "then:"] + [f"    {_shorten(failure.line())}" for failure in found] if found else []))
 
 
 def _error(folder: RunFolder, rank: int) -> dict[str, Any] | None:

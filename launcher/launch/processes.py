@@ -68,7 +68,10 @@ class StopSignals:
 
 
 def supervise(
-    commands: dict[int, tuple[list[str], dict[str, str]]], stop: StopSignals, log: Callable[[str], None]
+    commands: dict[int, tuple[list[str], dict[str, str]]],
+    stop: StopSignals,
+    log: Callable[[str], None],
+    elsewhere: Callable[[], str | None] = lambda: None,
 ) -> list[Exit]:
     """Run one process per rank until all have ended, in the order in which they ended.
 
@@ -80,6 +83,7 @@ def supervise(
         commands: {rank: (command, environment)}.
         stop: entered already.
         log: takes one line of what happens.
+        elsewhere: asked all the time; says what happened on another machine that ends this run, if something did.
     """
     ranks: dict[int, subprocess.Popen] = {}
     exits: list[Exit] = []
@@ -103,6 +107,10 @@ def supervise(
                     log(f"rank {rank} ended: {how(process.returncode)}")
                     if process.returncode != 0 and deadline is None:
                         deadline = time.monotonic() + GRACE_S
+            cause = elsewhere()
+            if cause and deadline is None:
+                log(cause)
+                deadline = time.monotonic() + GRACE_S
             if stop.requested and not told:
                 told = True
                 log(f"got {stop.requested}, telling the ranks")

@@ -1,7 +1,7 @@
 """Launch a worker as torchrun does: one process per rank, placed by torchrun's environment variables.
 
-With several machines each runs the same command with its own `launch.node_rank`; rank 0's process on the first machine
-is the meeting point (`launch.rdzv_endpoint`).
+With several machines each runs the same command with its own `launch.node_rank`; their launchers meet at the first
+machine's (`launch.rdzv_endpoint`, see `launcher.launch.machines`).
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
-from launcher.errors import UserError
-from launcher.launch.failure import failures, raise_user_error, report
+from launcher.errors import UserError, raise_all
+from launcher.launch.failure import Failure, as_outcome, failures, report, report_elsewhere
+from launcher.launch.machines import Alone, First, Other, meet
+from launcher.launch.outcome import Outcome
 from launcher.launch.processes import Exit, StopSignals, supervise
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
 from launcher.workers.entry import PARENT_ENV
 
+STOPPED = 3  # exit code: a signal ended the run in good order, and the same command goes on with it
 STOP_CODES = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 
 
 def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:
-    """Run `worker` on every rank of this machine until all have ended.
+    """Run `worker` on every rank of this machine until all have ended, here and on the other machines.
 
     SIGTERM, SIGHUP and Ctrl-C ask the ranks to save and end; a second Ctrl-C kills them. A dead run is started again
-    up to `launch.max_restarts` times.
+    on all machines together, up to `launch.max_restarts` times.
 
     Args:
         recipe: resolved, frozen as `folder.recipe`.
@@ -37,60 +40,96 @@ def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:
         verb: names the job in messages.
 
     Returns:
-        0 when it is complete or was stopped as asked, 1 when it died, 130 after a second Ctrl-C.
+        0 when every rank ended well, STOPPED (3) when a signal asked them to, 1 when the run died, 130 after a second
+        Ctrl-C.
 
     Raises:
-        UserError: a worker met a mistake the user can mend.
+        UserError: a worker met a mistake the user can mend, or another machine did not come.
     """
+    restarts = recipe.launch.max_restarts
     with StopSignals() as stop:
-        for attempt in range(recipe.launch.max_restarts + 1):
-            exits = _attempt(recipe, folder, worker, stop)
-            found = failures(exits, folder)
-            if stop.kill:
+        for attempt in range(restarts + 1):
+            verdict, found = _attempt(recipe, folder, worker, stop, restarts_left=attempt < restarts)
+            if verdict.kind == "mistake":  # reads as if it had been raised before the launch
+                raise_all([UserError(**mistake) for mistake in verdict.mistakes])
+            if verdict.kind == "killed":
                 _say(f"{verb} killed by a second Ctrl-C{_resume_hint(verb, folder)}")
                 return 130
-            if stop.requested and any(exit.code in STOP_CODES for exit in exits):
-                found = []  # a rank without its handlers yet died of the signal itself; its peers' errors follow from it
-            if not found:
-                break
-            raise_user_error(found[0])
-            _say(report(found, folder))
-            if stop.requested or attempt == recipe.launch.max_restarts:
+            if verdict.kind in ("stopped", "cut"):
+                _say(f"{verb} stopped by {verdict.text}{_resume_hint(verb, folder)}")
+                return STOPPED
+            if verdict.kind == "done":
+                return 0
+            here = verdict.kind == "failed" and verdict.machine == recipe.launch.node_rank
+            _say(report(found, folder) if here else report_elsewhere(verdict, found))
+            if not verdict.again or attempt == restarts:
                 return 1
-            _say(f"\nrestart {attempt + 1} of {recipe.launch.max_restarts}{_resume_hint(verb, folder)}")
-    if stop.requested:
-        _say(f"{verb} stopped by {stop.requested}{_resume_hint(verb, folder)}")
-    return 0
+            _say(f"\nrestart {attempt + 1} of {restarts}{_resume_hint(verb, folder)}")
+    raise AssertionError("every attempt ends in a verdict")
 
 
-def _attempt(recipe: Recipe, folder: RunFolder, worker: Path, stop: StopSignals) -> list[Exit]:
-    ranks = range(recipe.launch.nproc_per_node)
-    first = recipe.launch.node_rank * recipe.launch.nproc_per_node
-    for local in ranks:
-        folder.rank_error(first + local).unlink(missing_ok=True)
-    command = [sys.executable, str(worker), str(folder.recipe)]
+def _attempt(
+    recipe: Recipe, folder: RunFolder, worker: Path, stop: StopSignals, restarts_left: bool
+) -> tuple[Outcome, list[Failure]]:
+    """One start of every rank: how it ended on all machines, and the failures on this one."""
     with closing(_reserve_port()) as reserved, (folder.logs / "launcher.log").open("a", encoding="utf-8") as log:
-        address, port = _meeting_point(recipe, reserved)
 
         def write(line: str) -> None:
             print(datetime.now().astimezone().isoformat(timespec="milliseconds"), line, file=log, flush=True)
 
-        commands = {first + local: (command, environment(recipe, local, address, port)) for local in ranks}
-        return supervise(commands, stop, write)
+        with closing(meet(recipe, stop, _say, reserved.getsockname()[1])) as machines:
+            found: list[Failure] = []
+            if stop.requested:
+                own = Outcome("cut", recipe.launch.node_rank, stop.requested)
+            else:
+                for rank in local_ranks(recipe):
+                    folder.rank_error(rank).unlink(missing_ok=True)
+                exits = supervise(commands(recipe, folder.recipe, worker, machines), stop, write, machines.poll)
+                own, found = _outcome(recipe, folder, stop, exits)
+            verdict = machines.finish(own, restarts_left and not stop.requested)
+            write(f"this machine: {own.kind}, all: {verdict.kind} {verdict.text}".rstrip())
+            return verdict, found
 
 
-def environment(recipe: Recipe, local_rank: int, address: str, port: int) -> dict[str, str]:
+def _outcome(recipe: Recipe, folder: RunFolder, stop: StopSignals, exits: list[Exit]) -> tuple[Outcome, list[Failure]]:
+    machine = recipe.launch.node_rank
+    if stop.kill:
+        return Outcome("killed", machine), []
+    if stop.requested and any(exit.code in STOP_CODES for exit in exits):
+        # A rank without its handlers yet died of the signal itself; its peers' errors follow from it.
+        return Outcome("cut", machine, stop.requested), []
+    found = failures(exits, folder)
+    if found:
+        return as_outcome(found, machine), found
+    return Outcome("stopped" if stop.requested else "done", machine, stop.requested or ""), []
+
+
+def local_ranks(recipe: Recipe) -> range:
+    """The ranks of this machine."""
+    first = recipe.launch.node_rank * recipe.launch.nproc_per_node
+    return range(first, first + recipe.launch.nproc_per_node)
+
+
+def commands(
+    recipe: Recipe, frozen: Path, worker: Path, machines: Alone | First | Other
+) -> dict[int, tuple[list[str], dict[str, str]]]:
+    """{rank: (command, environment)} of this machine."""
+    command = [sys.executable, str(worker), str(frozen)]
+    return {rank: (command, environment(recipe, local, machines)) for local, rank in enumerate(local_ranks(recipe))}
+
+
+def environment(recipe: Recipe, local_rank: int, machines: Alone | First | Other) -> dict[str, str]:
     """A rank's environment: the user's, torchrun's variables, and what Megatron and the recipe ask for."""
     spec = recipe.launch
     env = dict(os.environ)
     env |= {
-        "RANK": str(spec.node_rank * spec.nproc_per_node + local_rank),
+        "RANK": str(local_ranks(recipe)[local_rank]),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(spec.nnodes * spec.nproc_per_node),
         "LOCAL_WORLD_SIZE": str(spec.nproc_per_node),
         "GROUP_RANK": str(spec.node_rank),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": machines.address,
+        "MASTER_PORT": str(machines.port),
         PARENT_ENV: str(os.getpid()),
     }
     env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: keeps TP's communication in the order it was issued
@@ -100,20 +139,10 @@ def environment(recipe: Recipe, local_rank: int, address: str, port: int) -> dic
         env["CUDA_VISIBLE_DEVICES"] = ""
         env.setdefault("MKL_DYNAMIC", "FALSE")  # as many threads under load as without: another number rounds otherwise
         env.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, 512 times fewer page faults
-        if spec.nnodes == 1 and sys.platform == "linux":
-            # gloo asks the resolver for the host's own name, which on laptops and in containers often fails.
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if machines.interface:
+        # gloo asks the resolver for the host's own name, which often fails, or picks an interface nobody else reaches.
+        env.setdefault("GLOO_SOCKET_IFNAME", machines.interface)
     return env
-
-
-def _meeting_point(recipe: Recipe, reserved: socket.socket) -> tuple[str, int]:
-    if recipe.launch.nnodes == 1:
-        return "127.0.0.1", reserved.getsockname()[1]
-    host, _, port = (recipe.launch.rdzv_endpoint or "").rpartition(":")
-    if not host or not port.isdigit():
-        what = f"several machines need a meeting point, and launch.rdzv_endpoint is {recipe.launch.rdzv_endpoint!r}"
-        raise UserError(what, "launch.rdzv_endpoint", "launch.rdzv_endpoint=HOST_OF_NODE_0:29500")
-    return host, int(port)
 
 
 def _reserve_port() -> socket.socket:

@@ -87,7 +87,7 @@ def test_sigterm_saves_and_ends_and_the_same_command_goes_on(small, straight):
     process = start(small, "run.name=stopped", "checkpoint.save_interval=1000")
     wait_for(small / "runs" / "stopped" / "metrics.jsonl", '"iteration": 2,')
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) in (0, 3)  # 3: stopped before the last step
     last = records(small / "runs" / "stopped" / "metrics.jsonl")[-1]["iteration"]
     assert (small / "runs" / "stopped" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(last)
     yuan(small, "pretrain", "recipe=small", "run.name=stopped", "checkpoint.save_interval=1000")

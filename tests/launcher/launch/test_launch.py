@@ -122,7 +122,7 @@ def test_a_signal_to_the_launcher_has_every_rank_save_and_end(tmp_path, number):
     job, pids = training(tmp_path, "train")
     job.send_signal(number)
     out, err = job.communicate(timeout=60)
-    assert job.returncode == 0
+    assert job.returncode == 3
     assert err == f"pretrain stopped by {number.name}; the same command goes on from step 7\n"
     for rank in (0, 1):
         assert "asked by SIGTERM" in (tmp_path / "logs" / f"rank_{rank}.log").read_text()
@@ -134,7 +134,7 @@ def test_ctrl_c_has_every_rank_save_and_end(tmp_path):
     job, pids = training(tmp_path, "train")
     os.killpg(job.pid, signal.SIGINT)
     out, err = job.communicate(timeout=60)
-    assert job.returncode == 0
+    assert job.returncode == 3
     assert err == "pretrain stopped by SIGINT; the same command goes on from step 7\n"
     assert [(tmp_path / f"saved_{rank}").read_text() for rank in (0, 1)] == ["whole", "whole"]
     assert all(gone(pid) for pid in pids)
@@ -169,7 +169,7 @@ def test_one_folder_takes_one_job_at_a_time(tmp_path):
     assert f"another job is writing this run: pid {job.pid} on" in err
     job.terminate()
     job.communicate(timeout=60)
-    assert job.returncode == 0
+    assert job.returncode == 3
 
 
 def test_a_dead_run_is_started_again(tmp_path):
