@@ -21,6 +21,13 @@ def check(
     verb: Annotated[
         str, typer.Option("--for", metavar="VERB", help="The verb to check for: " + ", ".join(CHECKS) + ".")
     ] = "pretrain",
+    nodes: Annotated[Optional[int], typer.Option(metavar="N", help="Short for launch.nnodes=N launch.device=cuda.")] = None,
+    gpus_per_node: Annotated[
+        Optional[int], typer.Option(metavar="G", help="Short for launch.nproc_per_node=G launch.device=cuda.")
+    ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="As for pretrain: go on with a run whose recipe was another.")
+    ] = False,
 ) -> None:
     """Say whether a recipe would run, all faults at once, without starting anything.
 
@@ -28,12 +35,18 @@ def check(
     Examples:
       yuan check recipe=345m_1dp
       yuan check recipe=345m_4dp parallel.tensor_model_parallel_size=2
+      yuan check recipe=345m_4dp --nodes 2 --gpus-per-node 8
       yuan check --for preprocess
     """
     if verb not in CHECKS:
         raise UserError(f"there is nothing to check for {verb!r}", "--for", "one of " + ", ".join(CHECKS))
-    loaded = load(words or [], default={"pretrain": None, "tokenizer": "preprocess"}.get(verb, verb))
-    problems = find_problems(loaded.recipe, loaded.sources, verb)
+    loaded = load(
+        words or [],
+        {"launch.nnodes": (nodes, "--nodes"), "launch.nproc_per_node": (gpus_per_node, "--gpus-per-node")}
+        | {"launch.device": ("cuda" if nodes or gpus_per_node else None, "--nodes or --gpus-per-node")},
+        default={"pretrain": None, "tokenizer": "preprocess"}.get(verb, verb),
+    )
+    problems = find_problems(loaded.recipe, loaded.sources, verb, accept_changes=accept_changes)
     for problem in problems:
         print(f"{problem.severity}: {problem.as_error()}")
     errors = sum(problem.severity == "error" for problem in problems)

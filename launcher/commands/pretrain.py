@@ -31,7 +31,7 @@ def pretrain(
 ) -> None:
     """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run."""
     loaded = load(words or [])
-    for warning in ensure(loaded, "pretrain"):
+    for warning in ensure(loaded, "pretrain", launching=not dry_run, accept_changes=accept_changes):
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
     keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))
     typer.echo(plan(loaded.recipe), err=True)

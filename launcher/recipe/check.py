@@ -22,6 +22,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         check_layout.recompute,
         check_layout.data_parallel,
         check_layout.machines,
+        check_layout.gpus,
         check_schedule.length,
         check_schedule.units,
         check_schedule.learning_rate,
@@ -40,23 +41,27 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         check_layout.tensor_parallel,
         check_layout.pipeline,
         check_layout.machines,
+        check_layout.gpus,
     ),
 }
 
 
-def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain") -> list[Problem]:
-    """Everything that is wrong or odd with a resolved recipe for `verb` (a key of CHECKS), errors first."""
-    case = Case(recipe, sources)
+def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain", **options: bool) -> list[Problem]:
+    """Everything that is wrong or odd with a resolved recipe for `verb` (a key of CHECKS), errors first.
+
+    `options` are those of `Case`: launching, accept_changes.
+    """
+    case = Case(recipe, sources, **options)
     problems = [problem for one in CHECKS[verb] for problem in one(case)]
     return sorted(problems, key=lambda problem: problem.severity)
 
 
-def ensure(loaded: Loaded, verb: str = "pretrain") -> list[Problem]:
-    """The warnings of a recipe without errors.
+def ensure(loaded: Loaded, verb: str = "pretrain", launching: bool = True, accept_changes: bool = False) -> list[Problem]:
+    """The warnings of a recipe without errors. `launching=False` is for a dry run: this machine need not have the GPUs.
 
     Raises:
         UserError: the recipe has errors; all of them are in it.
     """
-    problems = check(loaded.recipe, loaded.sources, verb)
+    problems = check(loaded.recipe, loaded.sources, verb, launching=launching, accept_changes=accept_changes)
     raise_all([problem.as_error() for problem in problems if problem.severity == "error"])
     return problems

@@ -238,13 +238,14 @@ def data_parallel(case: Case) -> Iterator[Problem]:
 
 
 def machines(case: Case) -> Iterator[Problem]:
-    """Several machines must find each other; a process needs a GPU of its own."""
+    """Several machines must find each other; Slurm tells them where by itself."""
     launch = case.recipe.launch
-    if launch.nnodes > 1 and not launch.rdzv_endpoint:
+    if launch.kind == "torchrun" and launch.nnodes > 1 and not launch.rdzv_endpoint:
         yield Problem(
             f"{launch.nnodes} machines need a place to meet",
             case.at("launch.nnodes"),
-            "launch.rdzv_endpoint=FIRST_MACHINE:29500, the same on every machine",
+            "launch.rdzv_endpoint=FIRST_MACHINE:29500, the same on every machine, or launch.kind=slurm",
+            "error" if case.launching else "warning",
         )
     if 0 < launch.nnodes <= launch.node_rank:
         yield Problem(
@@ -252,11 +253,17 @@ def machines(case: Case) -> Iterator[Problem]:
             case.at("launch.node_rank", "launch.nnodes"),
             f"launch.node_rank=0 … {launch.nnodes - 1}",
         )
-    if case.recipe.derived.device == "cuda" and launch.nproc_per_node > gpu_count():
-        present = gpu_count()
-        fix = f"launch.nproc_per_node={present}, or launch.device=cpu" if present else "launch.device=cpu"
-        yield Problem(
-            f"{launch.nproc_per_node} processes want a GPU each, and torch can use {present}",
-            case.at("launch.nproc_per_node", "launch.device"),
-            fix,
-        )
+
+
+def gpus(case: Case) -> Iterator[Problem]:
+    """A process needs a GPU of its own: here and now where it is about to start, else on the machine that will run it."""
+    launch = case.recipe.launch
+    if case.recipe.derived.device != "cuda" or launch.kind == "slurm" or launch.nproc_per_node <= gpu_count():
+        return
+    present = gpu_count()
+    yield Problem(
+        f"{launch.nproc_per_node} processes want a GPU each, and on this machine torch can use {present}",
+        case.at("launch.nproc_per_node", "launch.device"),
+        f"launch.nproc_per_node={present}, or launch.device=cpu" if present else "launch.device=cpu, or a machine with GPUs",
+        "error" if case.launching else "warning",
+    )

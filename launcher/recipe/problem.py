@@ -26,10 +26,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A resolved recipe with the sources of its values."""
+    """A resolved recipe with the sources of its values.
+
+    Attributes:
+        launching: the processes are about to start on this machine, which must then have what they need; otherwise
+            (`yuan check`, `--dry-run`) the recipe may be meant for another one.
+        accept_changes: a run in the folder may be gone on with although the recipe is another (`--accept-changes`).
+    """
 
     recipe: Recipe
     sources: dict[str, str]
+    launching: bool = False
+    accept_changes: bool = False
 
     def value(self, key: str) -> Any:
         """The value of a dotted key."""

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from launcher.recipe.device import resolve_device
+from launcher.recipe.ramp import ramp
 from launcher.recipe.schema import Recipe, Tokenizer
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -86,28 +87,11 @@ def _lengths(recipe: Recipe, fill) -> None:
         fill("derived.train_iters", t.train_iters)
         fill("derived.train_samples", t.train_iters * batch)
     elif samples is not None:
-        steps, consumed = _ramp(t.rampup_batch_size, batch, samples)
-        steps, rest = steps + (samples - consumed) // batch, (samples - consumed) % batch
+        growing = ramp(t.rampup_batch_size, batch, samples)
+        rest = samples - sum(size * steps for size, steps in growing)
+        steps, rest = sum(steps for _, steps in growing) + rest // batch, rest % batch
         fill("derived.train_iters", steps)
         fill("derived.train_samples", samples - rest)
-
-
-def _ramp(rampup: list[int] | None, batch: int, samples: int) -> tuple[int, int]:
-    """Steps and samples of the phase in which the batch grows, by megatron-core's rule: `start` + one `increment` for
-    each equal share of the ramp's samples that is behind."""
-    if rampup is None or len(rampup) != 3:
-        return 0, 0
-    start, increment, length = rampup
-    if increment <= 0 or start <= 0 or batch <= start or length <= 0:
-        return 0, 0  # refused by `check`
-    share = length / ((batch - start) // increment or 1)
-    steps = consumed = 0
-    while consumed <= length:
-        size = start + int(consumed / share) * increment
-        if consumed + size > samples:
-            break
-        steps, consumed = steps + 1, consumed + size
-    return steps, consumed
 
 
 def _schedule(recipe: Recipe, fill) -> None:

@@ -227,7 +227,7 @@ def test_what_is_required_is_named_all_at_once(write_recipe):
 def test_more_processes_than_gpus(problems, monkeypatch):
     monkeypatch.setattr("launcher.recipe.check_layout.gpu_count", lambda: 2)
     (problem,) = problems("launch.device=cuda", "launch.nproc_per_node=4")
-    assert "torch can use 2" in problem.what and problem.fix.startswith("launch.nproc_per_node=2")
+    assert "torch can use 2" in problem.what and problem.fix.startswith("launch.nproc_per_node=2") and problem.severity == "warning"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.recipe import load
+from launcher.recipe.ramp import ramp
 
 BASE = """
 model: {num_layers: 2, hidden_size: 96, num_attention_heads: 4}
@@ -80,21 +81,19 @@ def test_split_belongs_to_data_path(derive):
 
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(1, 300), st.integers(1, 400))
-def test_a_ramps_steps_are_those_of_megatrons_calculator(start, increment, increments, ramp, samples):
+def test_a_ramps_steps_are_those_of_megatrons_calculator(start, increment, increments, length, samples):
     from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-    from launcher.recipe.resolve import _ramp
-
     batch = start + increment * increments
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(batch, 1, 1, False, 1, start, increment, ramp)
-    consumed = steps = 0
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(batch, 1, 1, False, 1, start, increment, length)
+    consumed, sizes = 0, []
     while True:
         theirs.update(consumed, consistency_check=True)
         size = theirs.get_current_global_batch_size()
         if consumed + size > samples:
             break
-        consumed, steps = consumed + size, steps + 1
-    assume(steps)
-    ours, ours_consumed = _ramp([start, increment, ramp], batch, samples)
-    rest = (samples - ours_consumed) // batch
-    assert (ours + rest, ours_consumed + rest * batch) == (steps, consumed)
+        consumed += size
+        sizes.append(size)
+    ours = [size for size, steps in ramp([start, increment, length], batch, samples) for _ in range(steps)]
+    rest = (samples - sum(ours)) // batch
+    assert ours + [batch] * rest == sizes
