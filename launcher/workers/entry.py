@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -70,6 +71,9 @@ def run_worker(main: Callable[[Recipe, RunFolder, Stop], None]) -> None:
     stop = Stop()
     stop.listen()
     _die_with_parent()
+    launcher = os.environ.get(PARENT_ENV)
+    if launcher and os.getppid() != int(launcher):  # it died before we asked
+        os._exit(1)
     _forget_script_folder()
     frozen = Path(sys.argv[1]).absolute()
     rank = int(os.environ.get("RANK", "0"))
@@ -93,13 +97,16 @@ def run_worker(main: Callable[[Recipe, RunFolder, Stop], None]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process when the launcher dies, even by SIGKILL (Linux alone can)."""
+    """Have the kernel kill this process when the one that started it dies, even by SIGKILL (Linux alone can)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    parent = os.environ.get(PARENT_ENV)
-    if parent and os.getppid() != int(parent):  # it died before we asked
-        os._exit(1)
+
+
+# A process that multiprocessing spawns imports this rank's script, and so this module, first of all. megatron-core's
+# checkpoint writer spawns a manager (280 MB) that never notices that its rank is gone.
+if getattr(multiprocessing.current_process(), "_inheriting", False):
+    _die_with_parent()
 
 
 def _forget_script_folder() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launcher.cli import print_errors
 from launcher.errors import UserError
-from launcher.launch import processes
+from launcher.launch import connection, processes
 from launcher.launch.torchrun import launch
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import open_run
@@ -14,6 +14,8 @@ from launcher.run.folder import open_run
 def main(run_dir: str, scenario: str, *settings: str) -> int:
     if scenario == "first_raises_other_hangs":
         processes.GRACE_S = 1.0
+    if scenario in ("silent", "until_told"):
+        processes.GRACE_S, connection.SILENCE_S = 1.0, 3.0
     recipe = Recipe()
     recipe.run.dir, recipe.run.name, recipe.derived.device = run_dir, scenario, "cpu"
     recipe.launch.nproc_per_node, recipe.launch.cpu_threads = 2, 1
@@ -22,6 +24,8 @@ def main(run_dir: str, scenario: str, *settings: str) -> int:
         setattr(recipe.launch, key, int(value) if value.isdigit() else value)
     try:
         folder = open_run(recipe, {}, ["yuan", "pretrain", scenario])
+        if scenario == "impatient":
+            recipe.parallel.distributed_timeout_minutes = 0.05
         return launch(recipe, folder, Path(__file__).with_name("worker.py"), "pretrain")
     except UserError as error:
         print_errors(error)

@@ -162,6 +162,16 @@ def test_ranks_die_with_a_killed_launcher_and_the_folder_is_free(tmp_path):
     assert run(tmp_path, "success")[0] == 0
 
 
+def test_what_the_ranks_spawned_dies_with_a_killed_launcher(tmp_path):
+    job, pids = training(tmp_path, "keeps_a_manager")
+    managers = [tmp_path / "manager_0", tmp_path / "manager_1"]
+    wait_for(*managers)
+    job.kill()
+    job.communicate()
+    assert all(gone(pid) for pid in pids)
+    assert all(gone(int(manager.read_text())) for manager in managers)
+
+
 def test_one_folder_takes_one_job_at_a_time(tmp_path):
     job, _ = training(tmp_path, "train")
     code, err = run(tmp_path, "train")
@@ -181,6 +191,19 @@ def test_a_dead_run_is_started_again(tmp_path):
     assert log.count("rank 0 of 2, pid") == 2
     assert log.endswith("went well\n")
     assert not (tmp_path / "logs" / "rank_0.error.json").exists()
+
+
+def test_a_run_that_dies_again_ends_after_its_last_restart(tmp_path):
+    code, err = run(tmp_path, "first_raises", "max_restarts=2")
+    assert code == 1
+    assert err.count("the run died, first of rank 1: RuntimeError: the boom") == 3
+    assert "restart 1 of 2" in err and "restart 2 of 2" in err and "restart 3" not in err
+
+
+def test_a_users_mistake_is_not_tried_again(tmp_path):
+    code, err = run(tmp_path, "user_error", "max_restarts=2")
+    assert code == 2 and "restart" not in err
+    assert (tmp_path / "logs" / "rank_0.log").read_text().count("rank 0 of 2, pid") == 1
 
 
 def test_no_child_of_a_rank_is_left_behind(tmp_path):

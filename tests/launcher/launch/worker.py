@@ -94,6 +94,31 @@ def deaf(folder, stop):
     time.sleep(1000)
 
 
+silent = deaf
+
+
+def until_told(folder, stop):
+    while not (folder.path / "go").exists():
+        time.sleep(0.02)
+
+
+def mistake_on_1(folder, stop):
+    from launcher.errors import UserError
+
+    if RANK == 1:
+        raise UserError("this disk is full", "/data", "make room")
+    while not folder.rank_error(1).exists():
+        time.sleep(0.01)
+    raise ConnectionError("lost the peer")
+
+
+def stops_together(folder, stop):
+    """As a training, whose ranks agree to stop when one of them was asked to."""
+    while stop.requested is None and not (folder.path / "stop").exists():
+        time.sleep(0.02)
+    (folder.path / "stop").touch()
+
+
 def fails_once(folder, stop):
     if not (folder.path / f"failed_{RANK}").exists():
         (folder.path / f"failed_{RANK}").touch()
@@ -106,6 +131,17 @@ def leaves_a_child(folder, stop):
     (folder.path / f"child_{RANK}").write_text(str(child.pid))
     if RANK == 1:
         raise RuntimeError("the boom")
+
+
+def keeps_a_manager(folder, stop):
+    """As megatron-core's checkpoint writer."""
+    import multiprocessing
+
+    manager = multiprocessing.get_context("spawn").Manager()
+    queue = manager.Queue()
+    queue.put(manager._process.pid)
+    (folder.path / f"manager_{RANK}").write_text(str(queue.get()))
+    time.sleep(1000)
 
 
 def meet(folder, stop):
