@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -11,19 +12,32 @@ import yaml
 
 from launcher.errors import UserError
 from launcher.recipe import Loaded, load
-from launcher.recipe.find import available, describe, find, label
+from launcher.recipe.find import available, describe, find, label, package_folder
 from launcher.recipe.keys import groups, table
+
+STORY = ("preprocess", "pretrain", "sft", "convert", "generate", "serve")
 
 app = typer.Typer(help="List, show and copy recipes; print every key.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list", short_help="Every recipe, and where it lives.")
-def list_recipes() -> None:
-    """List every recipe that recipe=NAME finds, with where it lives."""
-    rows = [(name, label(path), describe(path)) for name, path in available().items()]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for name, place, text in rows:
-        print(f"{name:<{widths[0]}}  {place:<{widths[1]}}  {text}")
+@app.command("list", short_help="Every recipe, by the verb that uses it.")
+def list_recipes(
+    part: Annotated[Optional[str], typer.Argument(metavar="[TEXT]", help="Only names with this in them, such as llama2.")] = None,
+) -> None:
+    """List every recipe that recipe=NAME finds, by the verb that uses it; of your own, the file too."""
+    rows: dict[str, list[tuple[str, str]]] = {verb: [] for verb in (*STORY, "other")}
+    for name, path in available().items():
+        text, verb = describe(path)
+        place = "" if path.resolve().parent == package_folder() else f"  ({label(path)})"
+        if part is None or part in name:
+            rows[verb if verb in STORY else "other"].append((name, text + place))
+    for verb, named in rows.items():
+        if named:
+            there = verb == "other" or find_spec(f"launcher.commands.{verb}")
+            print(verb + ("" if there else "  (to look at and to check: this version has no such verb yet)"))
+        width = max((len(name) for name, _ in named), default=0)
+        for name, text in named:
+            print(f"  {name:<{width}}  {text}".rstrip())
 
 
 @app.command(short_help="A resolved recipe, each value with its source.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -30,22 +31,21 @@ def available() -> dict[str, Path]:
     for folder in folders():
         for path in sorted(folder.glob("*.yaml")):
             found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: in_order(item[0])))
 
 
 def find(name: str, beside: Path | None = None) -> Path:
-    """The file of the recipe `name`, which is a path where it ends in .yaml or has a slash.
+    """The file of the recipe `name`: a path where it ends in .yaml, else a name in one of the folders, such as
+    `345m` or `bases/llama2_7b`.
 
     `beside` is the recipe whose `base:` asks: its own folder comes first, and it never finds itself, so that a
     user's `345m.yaml` can build on the packaged one of the same name.
     """
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        candidates = [Path(name).expanduser()]
-        if beside and not candidates[0].is_absolute():
-            candidates.insert(0, beside.parent / name)
+    own = [beside.parent] if beside else []
+    if name.endswith((".yaml", ".yml")):
+        candidates = [folder / Path(name).expanduser() for folder in [*own, Path()]]
     else:
-        searched = ([beside.parent] if beside else []) + folders()
-        candidates = [folder / f"{name}.yaml" for folder in searched]
+        candidates = [folder / f"{name}.yaml" for folder in [*own, *folders(), *([Path()] if "/" in name else [])]]
     for path in candidates:
         if path.is_file() and not (beside and path.samefile(beside)):
             return path
@@ -54,7 +54,7 @@ def find(name: str, beside: Path | None = None) -> Path:
 
 def unknown_recipe(name: str, where: str) -> UserError:
     """The error for a recipe that is not there, with the nearest names or with all of them."""
-    if name.endswith((".yaml", ".yml")) or "/" in name:
+    if name.endswith((".yaml", ".yml")):
         return UserError(f"no recipe file {name}", where, "give the path of a .yaml file, or a name of `yuan recipes list`")
     names = list(available())
     near = get_close_matches(name, names, n=3, cutoff=0.5)
@@ -64,19 +64,25 @@ def unknown_recipe(name: str, where: str) -> UserError:
 
 def label(path: Path) -> str:
     """How a recipe's file is shown: `recipes/NAME.yaml` for a packaged one, else its path as short as it goes."""
-    if path.resolve().parent == package_folder():
-        return f"recipes/{path.name}"
+    if path.resolve().is_relative_to(package_folder()):
+        return f"recipes/{path.resolve().relative_to(package_folder())}"
     for base, prefix in ((Path.cwd(), "./"), (Path.home(), "~/")):
         if path.resolve().is_relative_to(base):
             return prefix + str(path.resolve().relative_to(base))
     return str(path)
 
 
-def describe(path: Path) -> str:
-    """A recipe's one-line description: its first comment."""
+def describe(path: Path) -> tuple[str, str | None]:
+    """What a recipe's first comments say: its one-line description, and the verb of the first command below it."""
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("#"):
-            return line.lstrip("# ").strip()
-        if line.strip():
+        if line.strip() and not line.startswith("#"):
             break
-    return ""
+        lines += [line.lstrip("# ").strip()] if line.startswith("#") else []
+    verbs = re.findall(r"^yuan (?:.*\byuan )?([a-z]+)", "\n".join(lines[1:]), re.MULTILINE)
+    return (lines[0] if lines else "", verbs[0] if verbs else None)
+
+
+def in_order(name: str) -> list[str | int]:
+    """A key to sort names by, numbers by their size: llama2_7b before llama2_13b."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

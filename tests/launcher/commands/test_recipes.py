@@ -22,16 +22,28 @@ def yuan(tmp_path, monkeypatch):
     return run
 
 
-def test_list_has_every_recipe_with_its_place_and_description(yuan, tmp_path):
+def test_list_has_every_recipe_once_under_its_verb_within_a_terminal(yuan, tmp_path):
+    lines = yuan("list").splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(rows) == sorted(path.stem for path in package_folder().glob("*.yaml"))
+    headings = [line.split()[0] for line in lines if not line.startswith("  ")]
+    assert headings == ["preprocess", "pretrain", "sft", "convert", "generate", "serve"]
+    assert [row for row in rows if row.endswith("b")][:3] == ["llama2_7b", "llama2_13b", "llama2_70b"]
+    assert "  345m_1dp    GPT-2 345M, one process" in lines
+
+
+def test_list_has_ones_own_recipes_with_their_files(yuan, tmp_path):
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "quickstart.yaml").write_text("# My own\n")
+    (tmp_path / "recipes" / "quickstart.yaml").write_text("# My own\n#   yuan pretrain recipe=quickstart\n")
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "night.yaml").write_text("run: {}\n")
-    rows = {line.split()[0]: line for line in yuan("list").splitlines()}
-    assert rows.keys() == {path.stem for path in package_folder().glob("*.yaml")} | {"night"}
-    assert rows["quickstart"].split(maxsplit=2)[1:] == ["./recipes/quickstart.yaml", "My own"]
-    assert rows["345m_1dp"].split(maxsplit=2)[1:] == ["recipes/345m_1dp.yaml", "GPT-2 345M, one process"]
-    assert "config/night.yaml" in rows["night"]
+    lines = yuan("list").splitlines()
+    assert lines[-2] == "other" and lines[-1].split()[0] == "night" and "config/night.yaml)" in lines[-1]
+    (row,) = [line for line in lines if "quickstart " in line]
+    assert row.split(maxsplit=1)[1] == "My own  (./recipes/quickstart.yaml)"
+    assert lines.index("pretrain") < lines.index(row) < next(i for i, line in enumerate(lines) if line.startswith("sft"))
+    assert [line.split()[0] for line in yuan("list", "night").splitlines()] == ["other", "night"]
 
 
 @pytest.mark.parametrize("more", [[], ["--all"]])
@@ -72,7 +84,7 @@ def test_copy_makes_a_recipe_that_hides_the_packaged_one_and_never_overwrites(yu
 def test_keys_documents_a_group_or_one_key(yuan):
     assert yuan("keys").count("\n") == 2 * len(table())
     launch = yuan("keys", "launch").splitlines()
-    assert launch[0] == "launch.device  (one of auto, cpu, cuda, default auto)"
+    assert launch[0] == "launch.kind  (one of torchrun, slurm, default torchrun)"
     assert yuan("keys", "training.seed").splitlines()[0] == "training.seed  (a whole number, default 1234)"
     with pytest.raises(UserError, match="trainin") as raised:
         yuan("keys", "trainin")
