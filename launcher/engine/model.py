@@ -153,19 +153,6 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
     return module
 
 
-def flops_per_token(recipe: Recipe) -> float:
-    """Floating-point operations of one training step per token: forward plus twice that for backward.
-
-    Megatron-LM's count: 2 per multiply-add of every matrix product, the logits and the causal half of the attention
-    included (Narayanan et al. 2021, arXiv 2104.04473, with half of its attention term).
-    """
-    m, s = recipe.model, recipe.training.seq_length
-    q, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
-    layer = m.hidden_size * (2 * q + 2 * kv) + m.hidden_size * m.ffn_hidden_size * (3 if m.swiglu else 2)
-    scores = q * s  # QK^T and PV over s / 2 keys on average
-    return 6.0 * (m.num_layers * (layer + scores) + m.hidden_size * recipe.derived.padded_vocab_size)
-
-
 def perplexity(loss: float) -> float:
     """exp(loss), capped as Megatron-LM caps it."""
     return math.exp(min(20.0, loss))

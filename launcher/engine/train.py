@@ -16,6 +16,7 @@ from launcher.engine import data, model
 from launcher.engine.optimizer import build_optimizer, build_scheduler, init_batch_calculator
 from launcher.engine.step import from_last_stage, run_microbatches
 from launcher.recipe.schema import Recipe
+from launcher.recipe.size import flops_per_token
 
 
 @dataclass
@@ -129,7 +130,7 @@ class Trainer:
         self.started = time.monotonic()
         self.saved_at = state.iteration
         self.window = Window()
-        self.flops_per_token = model.flops_per_token(recipe)
+        self.flops_per_token = flops_per_token(recipe)
         train, valid, self.test = data.build_datasets(recipe)
         self.batches = self._loaders(train, state.consumed_train_samples)
         self.valid_batches = self._loaders(valid, state.consumed_valid_samples(recipe))
