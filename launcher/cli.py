@@ -17,6 +17,7 @@ from launcher.errors import UserError
 VERBS = {
     "recipes": "List, show and copy recipes; explain every key.",
     "check": "Say whether a recipe would run here.",
+    "migrate": "Turn an old command line or script into a recipe.",
     "tokenizer": "Train a tokenizer, or look at one.",
     "preprocess": "Text to token ids: JSONL into .bin and .idx.",
     "pretrain": "Train from random weights, or resume a run.",

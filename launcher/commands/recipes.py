@@ -5,15 +5,15 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
-import yaml
 
 from launcher.errors import UserError
+from launcher.migrate.emit import as_megatron
 from launcher.recipe import Loaded, load
 from launcher.recipe.find import available, describe, find, label, package_folder
-from launcher.recipe.keys import groups, table
+from launcher.recipe.keys import groups, table, yaml_scalar
 
 STORY = ("preprocess", "pretrain", "sft", "convert", "generate", "serve")
 
@@ -46,6 +46,9 @@ def show(
         list[str], typer.Argument(metavar="NAME key=value", help="A recipe's name, or recipe=NAME; then key=value.")
     ],
     everything: Annotated[bool, typer.Option("--all", help="Defaults and empty values too.")] = False,
+    form: Annotated[
+        str, typer.Option("--as", metavar="FORM", help="yaml, or megatron: the command of Megatron-LM that trains the same.")
+    ] = "yaml",
 ) -> None:
     """Print a recipe resolved, each value with where it came from; the output is YAML and can be saved as a recipe.
 
@@ -53,9 +56,12 @@ def show(
     Examples:
       yuan recipes show 345m_1dp
       yuan recipes show recipe=345m_1dp training.train_tokens=1e9 --all
+      yuan recipes show 345m_4dp --as megatron
     """
-    named = [f"recipe={word}" if "=" not in word else word for word in words]
-    print("\n".join(as_yaml(load(named), everything)))
+    if form not in ("yaml", "megatron"):
+        raise UserError(f"a recipe is not shown as {form!r}", "--as", "yaml or megatron")
+    loaded = load([f"recipe={word}" if "=" not in word else word for word in words])
+    print("\n".join((as_megatron if form == "megatron" else as_yaml)(loaded, everything)))
 
 
 def as_yaml(loaded: Loaded, everything: bool) -> list[str]:
@@ -71,21 +77,12 @@ def as_yaml(loaded: Loaded, everything: bool) -> list[str]:
             value = getattr(getattr(loaded.recipe, group), leaf)
             derived = source == "derived"
             if source != "default" or (everything and group != "derived"):
-                text = f"{'# ' if derived else ''}{leaf}: {_scalar(value)}"
+                text = f"{'# ' if derived else ''}{leaf}: {yaml_scalar(value)}"
                 shown.append(f"  {text:<44}  # {source}")
                 live = live or not derived
         if shown:
             lines += [f"{group}:" if live else f"# {group}:", *shown]
     return lines
-
-
-def _scalar(value: Any) -> str:
-    """One value in YAML's flow style on one line, so that YAML and OmegaConf read the same back."""
-    if isinstance(value, float):
-        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
-    )
 
 
 @app.command(short_help="A copy of a recipe to edit.")
@@ -117,5 +114,5 @@ def keys(group: Annotated[Optional[str], typer.Argument(help="One group, such as
         fix = f"did you mean {' or '.join(near)}?" if near else "groups: " + ", ".join(groups())
         raise UserError(f"no group or key {group!r}", "", fix)
     for key in chosen:
-        default = "" if key.default is None else f", default {_scalar(key.default)}"
+        default = "" if key.default is None else f", default {yaml_scalar(key.default)}"
         print(f"{key.name}  ({key.expected}{default})\n    {key.doc}")

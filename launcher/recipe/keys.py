@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from launcher.recipe import schema
 
 
@@ -86,3 +88,11 @@ def suggest(name: str) -> str:
         same += [leaves[near] for near in get_close_matches(leaf, leaves, n=2, cutoff=0.75)]
     near = list(dict.fromkeys(same))[:3]
     return f"did you mean {' or '.join(near)}?" if near else "`yuan recipes keys` prints every key"
+
+
+def yaml_scalar(value: Any) -> str:
+    """One value in YAML's flow style on one line, so that YAML and OmegaConf read the same back."""
+    if isinstance(value, float):
+        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,373 @@
+"""A shell script's commands with their variables filled in, without running anything.
+
+Understood: assignments (also `export`), quotes, `$X`, `${X}`, `${X:-y}`, `$1`, arrays, `$((...))` on whole numbers, line
+continuation, `if` on strings and numbers. Anything else is noted with its line. A variable that nothing sets stays as `$X`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+ASSIGNMENT = re.compile(rf"({NAME})(\+?)=(.*)", re.S)
+PLACEHOLDER = re.compile(r"<[A-Za-z](?:[^<>\n|&;]*[^<>\n|&;\s])?>")  # `DATA_PATH=<Specify path>`, as examples have it
+REDIRECT = re.compile(r"(?:\d*|&)(?:>>|>&|>|<)(?:&?\d)?")
+PROMPT = re.compile(r"^(?:\([\w.-]+\)\s*)?[\w.-]+@[\w.-]+:[^\s#$]*\s*[#$]\s+", re.M)
+OPENERS = {"for": "done", "while": "done", "until": "done", "case": "esac", "select": "done", "{": "}", "function": "}"}
+DECLARE = {"export", "local", "readonly", "declare", "typeset"}
+ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
+COMPARE = {"-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-ge": operator.ge, "-lt": operator.lt, "-le": operator.le}
+
+Variables = dict[str, "str | list[str]"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One simple command: its words, the variables set before it, and the line it begins on."""
+
+    words: list[str]
+    line: int
+    variables: dict[str, str]
+
+
+@dataclass
+class Script:
+    """What reading a script gave.
+
+    Attributes:
+        commands: in their order.
+        notes: (line, text) of what was not understood and left out.
+        variables: as they stand at the end.
+    """
+
+    commands: list[Command] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    variables: Variables = field(default_factory=dict)
+
+
+def read_script(text: str, variables: Variables | None = None, arguments: list[str] | None = None) -> Script:
+    """Read a script's text, or commands pasted from a terminal with their prompts.
+
+    Args:
+        text: the script.
+        variables: set before it starts.
+        arguments: its `$1`, `$2`, …
+    """
+    script = Script(variables=dict(variables or {}))
+    script.variables |= {str(number): word for number, word in enumerate(arguments or [], 1)}
+    if arguments:
+        script.variables["@"] = list(arguments)
+    _Reader(script).read(PROMPT.sub("", text.replace("\r\n", "\n")))
+    return script
+
+
+@dataclass
+class _Statement:
+    line: int
+    tokens: list[str]
+    joined: str  # what stands before it: newline ; & && || |
+
+
+def _statements(text: str, script: Script) -> Iterator[_Statement]:
+    """Cut at newlines, `;`, `&&`, `||`, `|`, `&`; tokens keep their quotes."""
+    tokens, joined, at, started = [], "\n", 0, 0
+    while at <= len(text):
+        rest = text[at:]
+        if blank := re.match(r"\\[ \t]+\n", rest):
+            line = text.count("\n", 0, at) + 1
+            script.notes.append((line, "a blank after the backslash: a shell ends the command here; read as if it went on"))
+            at += blank.end()
+        elif skip := re.match(r"(?:[ \t]|\\\n)+", rest):
+            at += skip.end()
+        elif comment := re.match(r"#[^\n]*", rest):
+            at += comment.end()
+        elif not rest or (cut := re.match(r"&&|\|\||;;|[;\n&|](?!>)", rest)):
+            if tokens:
+                yield _Statement(text.count("\n", 0, started) + 1, tokens, joined)
+            joined, tokens = (cut.group() if rest else ""), []
+            at += max(1, cut.end() if rest else 1)
+        elif (redirect := REDIRECT.match(rest)) and redirect.group() and not PLACEHOLDER.match(rest):
+            at += redirect.end()
+            at += re.match(r"[ \t]*", text[at:]).end()
+            if not re.search(r"&\d$", redirect.group()):
+                at = _token_end(text, at)
+        else:
+            started = started if tokens else at
+            end = _token_end(text, at)
+            tokens.append(text[at:end])
+            at = end
+
+
+def _token_end(text: str, at: int) -> int:
+    """Where the token that begins at `at` ends: at a blank or sign outside of quotes and brackets."""
+    start = at
+    while at < len(text):
+        rest = text[at:]
+        if hit := PLACEHOLDER.match(rest):
+            at += hit.end()
+        elif hit := re.match(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`|\$\{[^}]*\}|\\.", rest, re.S):
+            if hit.group() == "\\\n":
+                return at
+            at += hit.end()
+        elif rest.startswith("$("):
+            at = _closing(text, at + 1)
+        elif rest[0] == "(" and re.fullmatch(rf"{NAME}\+?=", text[start:at]):
+            at = _closing(text, at)
+        elif rest[0] in " \t\n;&|<>" or (rest[0] in "()" and at > start):
+            return at
+        else:
+            at += 1
+            if rest[0] in "()":
+                return at
+    return at
+
+
+def _closing(text: str, at: int) -> int:
+    """Behind the bracket that closes the one at `at`; comments and quotes inside do not count."""
+    depth = 0
+    while at < len(text):
+        if hit := re.match(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\\.|(?<=\s)#[^\n]*", text[at:], re.S):
+            at += hit.end()
+            continue
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        at += 1
+        if depth == 0:
+            break
+    return at
+
+
+class _Reader:
+    """Walks the statements; `blocks` are the open ifs and loops."""
+
+    def __init__(self, script: Script):
+        self.script, self.blocks = script, []
+
+    def read(self, text: str) -> None:
+        for statement in _statements(text, self.script):
+            self._one(statement)
+
+    def _note(self, line: int, text: str) -> None:
+        self.script.notes.append((line, text))
+
+    @property
+    def _live(self) -> bool:
+        return all(block["live"] for block in self.blocks)
+
+    def _one(self, statement: _Statement) -> None:
+        tokens, head = statement.tokens, statement.tokens[0]
+        closing = self.blocks[-1]["end"] if self.blocks else None
+        if closing and closing != "fi":  # inside of a loop: only its end matters
+            self.blocks[-1]["depth"] += head in OPENERS and OPENERS[head] == closing
+            if head == closing or (closing == "}" and tokens[-1] == "}"):
+                self.blocks[-1]["depth"] -= 1
+                if self.blocks[-1]["depth"] == 0:
+                    self.blocks.pop()
+        elif head in OPENERS or tokens[1:3] == ["(", ")"] or head == "(":
+            if self._live:
+                self._note(statement.line, f"`{' '.join(tokens)[:40]}`: loops and functions are not read")
+            end = ")" if head == "(" else OPENERS.get(head, "}")
+            self.blocks.append({"end": end, "live": False, "depth": 1})
+        elif head == "if":
+            self.blocks.append({"end": "fi", "live": self._live, "state": "test", "tests": [], "done": False, "depth": 1})
+            self._test(statement, tokens[1:])
+        elif closing == "fi" and head in ("elif", "else", "then", "fi"):
+            self._branch(statement, head, tokens[1:])
+        elif closing == "fi" and self.blocks[-1]["state"] == "test":
+            self._test(statement, tokens)
+        elif self._live:
+            self._command(statement)
+
+    def _test(self, statement: _Statement, tokens: list[str]) -> None:
+        joined = statement.joined if statement.joined in ("&&", "||") else "&&"
+        self.blocks[-1]["tests"].append((joined, self._holds(tokens), statement.line))
+
+    def _branch(self, statement: _Statement, head: str, rest: list[str]) -> None:
+        block = self.blocks[-1]
+        if head == "fi":
+            self.blocks.pop()
+            return
+        outer = all(one["live"] for one in self.blocks[:-1])
+        if head == "then":
+            held: bool | None = True
+            for joined, value, _ in block["tests"]:
+                unknown = value is None or held is None
+                held = None if unknown else (held and value) if joined == "&&" else (held or value)
+            if held is None and outer and not block["done"]:
+                self._note(block["tests"][0][2], "this `if` is not understood: what depends on it is left out")
+                block["done"] = True
+            block |= {"state": "body", "live": outer and not block["done"] and bool(held), "tests": []}
+            block["done"] = block["done"] or bool(held)
+        elif head == "else":
+            block |= {"state": "body", "live": outer and not block["done"]}
+        else:
+            block |= {"state": "test", "live": outer}
+            self._test(statement, rest)
+            return
+        if rest:
+            self._one(_Statement(statement.line, rest, "\n"))
+
+    def _holds(self, tokens: list[str]) -> bool | None:
+        """`[ "$A" == x ]` and kin; None where it cannot be told."""
+        words = [self._text(token) for token in tokens]
+        if len(words) < 3 or words[0] not in ("[", "[[", "test"):
+            return None
+        words = words[1:] if words[0] == "test" else words[1:-1]
+        if any(word.startswith("$(") for word in words):
+            return None
+        if len(words) == 2 and words[0] in ("-z", "-n"):
+            return (words[1] == "") == (words[0] == "-z")
+        if len(words) == 3 and words[1] in ("=", "==", "!="):
+            return (words[0] == words[2]) == (words[1] != "!=")
+        if len(words) == 3 and words[1] in COMPARE and all(re.fullmatch(r"-?\d+", words[i]) for i in (0, 2)):
+            return COMPARE[words[1]](int(words[0]), int(words[2]))
+        return None
+
+    def _text(self, token: str) -> str:
+        """A token as one word; what nothing sets is empty, as in a shell."""
+        return re.sub(rf"\$(?:{NAME}|\d+)", "", " ".join(expand(token, self.script.variables)))
+
+    def _command(self, statement: _Statement) -> None:
+        tokens, variables = list(statement.tokens), self.script.variables
+        if statement.joined == "|":
+            return
+        declared = tokens[0] in DECLARE
+        if declared:
+            tokens = [token for token in tokens[1:] if not token.startswith("-")]
+        before: Variables = {}
+        while tokens and (hit := ASSIGNMENT.fullmatch(tokens[0])):
+            name, adds, raw = hit.groups()
+            value = _assigned(raw, variables)
+            old = variables.get(name, [] if isinstance(value, list) else "")
+            before[name] = old + value if adds and type(old) is type(value) else value
+            tokens.pop(0)
+        if not tokens or declared:
+            variables |= before
+            return
+        words = [word for token in tokens for word in expand(token, variables)]
+        if words:
+            flat = {**variables, **before}
+            known = {name: value if isinstance(value, str) else " ".join(value) for name, value in flat.items()}
+            self.script.commands.append(Command(words, statement.line, known))
+
+
+def _assigned(raw: str, variables: Variables) -> str | list[str]:
+    if raw.startswith("(") and raw.endswith(")"):
+        inner = Script(variables=variables)
+        items = [token for one in _statements(raw[1:-1], inner) for token in one.tokens]
+        return [word for token in items for word in expand(token, variables)]
+    return " ".join(expand(f'"{raw}"' if not re.search(r"[\"'`\\]", raw) else raw, variables, split=False))
+
+
+def expand(token: str, variables: Variables, split: bool = True) -> list[str]:
+    """The words that a token with its quotes and variables stands for; unquoted variables are cut at blanks."""
+    fields: list[str] = []
+    current: str | None = None
+    at = 0
+
+    def add(text: str) -> None:
+        nonlocal current
+        current = (current or "") + text
+
+    def splice(value: str | list[str], quoted: bool) -> None:
+        nonlocal current
+        parts = value if isinstance(value, list) else [value] if quoted or not split else value.split()
+        if not quoted and split and isinstance(value, str) and value[:1].isspace() and current is not None:
+            fields.append(current)
+            current = None
+        for position, part in enumerate(parts):
+            if position:
+                fields.append(current or "")
+                current = None
+            add(part)
+
+    while at < len(token):
+        rest = token[at:]
+        if hit := re.match(r"'([^']*)'", rest):
+            add(hit.group(1))
+        elif hit := re.match(r'"((?:\\.|[^"\\])*)"', rest, re.S):
+            add("")
+            inner = re.sub(r"\\\n", "", hit.group(1))
+            for kind, text in _pieces(inner):
+                splice(_value(text, variables), True) if kind else add(re.sub(r'\\([$`"\\])', r"\1", text))
+        elif hit := re.match(r"\\(.?)", rest, re.S):
+            add("" if hit.group(1) == "\n" else hit.group(1))
+        elif piece := _variable(rest):
+            splice(_value(piece, variables), False)
+            at += len(piece)
+            continue
+        else:
+            hit = PLACEHOLDER.match(rest) or re.match(r".", rest, re.S)
+            add(hit.group().replace(" ", "_") if len(hit.group()) > 1 else hit.group())
+        at += hit.end()
+    if current is not None:
+        fields.append(current)
+    return fields
+
+
+def _pieces(text: str) -> Iterator[tuple[bool, str]]:
+    """Plain text (False) and variables (True) in turn."""
+    at = begin = 0
+    while at < len(text):
+        if text[at] == "\\":
+            at += 2
+        elif piece := _variable(text[at:]):
+            yield False, text[begin:at]
+            yield True, piece
+            at = begin = at + len(piece)
+        else:
+            at += 1
+    yield False, text[begin:]
+
+
+def _variable(text: str) -> str:
+    """The variable, arithmetic or command substitution that `text` begins with; empty where there is none."""
+    if text.startswith("$("):
+        return text[: _closing(text, 1)]
+    hit = re.match(rf"\$\{{[^}}]*\}}|\${NAME}|\$[0-9@*#?$!-]|`[^`]*`", text)
+    return hit.group() if hit else ""
+
+
+def _value(piece: str, variables: Variables) -> str | list[str]:
+    if piece.startswith("$((") and piece.endswith("))"):
+        number = _arithmetic(piece[3:-2], variables)
+        return piece if number is None else str(number)
+    if piece.startswith(("$(", "`")):
+        return piece
+    inner = piece[2:-1] if piece.startswith("${") else piece[1:]
+    if hit := re.fullmatch(rf"({NAME}|\d+)(?::?[-=](.*))?", inner, re.S):
+        name, default = hit.groups()
+        value = variables.get(name)
+        if default is not None and not value:
+            return " ".join(expand(f'"{default}"', variables))
+        return f"${name}" if value is None else value if isinstance(value, str) else (value or [""])[0]
+    if hit := re.fullmatch(rf"({NAME})\[[@*]\]", inner):
+        value = variables.get(hit.group(1), f"${hit.group(1)}")
+        return value if isinstance(value, list) else [value]
+    if inner in "@*" and "@" in variables:
+        return variables["@"]
+    return "$" + inner  # without braces: OmegaConf would take `${...}` for an expression of its own
+
+
+def _arithmetic(text: str, variables: Variables) -> int | None:
+    """Whole numbers with + - * / % and brackets; None where there is more to it."""
+    filled = re.sub(rf"\$\{{({NAME})\}}|\$?({NAME})", lambda hit: str(variables.get(hit.group(1) or hit.group(2), "?")), text)
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+            return ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        raise ValueError(text)
+
+    try:
+        return value(ast.parse(filled.strip().replace("/", "//"), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
