@@ -11,6 +11,7 @@ from launcher.errors import UserError
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import CHECKS
 from launcher.recipe.check import check as find_problems
+from launcher.recipe.check_run import going_on
 from launcher.recipe.size import parameters
 
 
@@ -55,7 +56,7 @@ def check(
         sys.exit(2)
     print(("\n" if problems else "") + f"{loaded.name} would run")
     if verb == "pretrain":
-        print("\n".join(summary(loaded)))
+        print("\n".join(summary(loaded) + [f"  {line}" for line in going_on(loaded.recipe)]))
 
 
 def summary(loaded: Loaded) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.errors import raise_all
-from launcher.recipe import check_checkpoint, check_data, check_layout, check_model, check_schedule
+from launcher.recipe import check_checkpoint, check_data, check_layout, check_model, check_run, check_schedule, check_slurm
 from launcher.recipe.load import Loaded
 from launcher.recipe.problem import Case, Check, Problem
 from launcher.recipe.schema import Recipe
@@ -23,6 +23,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         check_layout.data_parallel,
         check_layout.machines,
         check_layout.gpus,
+        check_slurm.slurm,
         check_schedule.length,
         check_schedule.units,
         check_schedule.learning_rate,
@@ -31,6 +32,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         check_data.tokenizer,
         check_data.data,
         check_checkpoint.load,
+        check_run.folder,
+        check_run.disk,
     ),
     "tokenizer": (check_data.tokenizer,),
     "preprocess": (check_model.ranges, check_data.preprocess_input, check_data.tokenizer),

@@ -257,10 +257,9 @@ def machines(case: Case) -> Iterator[Problem]:
 
 def gpus(case: Case) -> Iterator[Problem]:
     """A process needs a GPU of its own: here and now where it is about to start, else on the machine that will run it."""
-    launch = case.recipe.launch
-    if case.recipe.derived.device != "cuda" or launch.kind == "slurm" or launch.nproc_per_node <= gpu_count():
+    launch, present = case.recipe.launch, gpu_count()
+    if case.recipe.derived.device != "cuda" or launch.kind == "slurm" or launch.nproc_per_node <= present:
         return
-    present = gpu_count()
     yield Problem(
         f"{launch.nproc_per_node} processes want a GPU each, and on this machine torch can use {present}",
         case.at("launch.nproc_per_node", "launch.device"),

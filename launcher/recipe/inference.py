@@ -11,7 +11,7 @@ from launcher.recipe.frozen import read_frozen
 from launcher.recipe.problem import typed
 from launcher.recipe.resolve import keep_padded_vocabulary, resolve
 from launcher.recipe.schema import Derived, Launch, Parallel, Recipe
-from launcher.recipe.tokenizer import tokenizer_of
+from launcher.recipe.tokenizer import tokenizer_of, with_copies
 
 # How the stages of a pipeline are cut: of no meaning for another number of stages.
 STAGE_KEYS = (
@@ -143,11 +143,7 @@ def _use_copied_tokenizer(recipe: Recipe, checkpoint: Path) -> None:
     """Point the tokenizer's keys at the copies in the checkpoint, and see that it can be built."""
     from data_tools.errors import TokenizerError
 
-    for key in ("tokenizer_model", "vocab_file", "merge_file"):
-        path = getattr(recipe.tokenizer, key)
-        copy = checkpoint / "tokenizer" / Path(path or "").name
-        if path and copy.is_file():
-            setattr(recipe.tokenizer, key, str(copy))
+    recipe.tokenizer = with_copies(recipe.tokenizer, checkpoint / "tokenizer")
     try:
         tokenizer_of(recipe.tokenizer)
     except TokenizerError as error:

@@ -9,31 +9,20 @@ import platform
 import shlex
 import socket
 import subprocess
-from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from checkpoints.folder import TRACKER, CheckpointError, has_checkpoints, iteration_of, newest_checkpoint, whole_checkpoints
-from launcher.errors import UserError
+from launcher.errors import UserError, raise_all
 from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
+from launcher.run.changes import Change, classify
 
-# What may differ between a run and its resumption: how fast, how long and how talkative it is, not what it computes.
-SAFE_GROUPS = {"parallel", "preprocess", "logging", "launch", "slurm", "run", "generate", "convert", "serve"}
-SAFE_KEYS = {
-    "training.train_iters", "training.train_samples", "training.train_tokens", "training.micro_batch_size",
-    "training.eval_interval", "training.eval_iters", "training.exit_duration_in_mins", "training.exit_interval",
-    "data.num_workers", "data.data_cache_path", "checkpoint.save_interval", "checkpoint.keep_last",
-}  # fmt: skip
-# Checkpoints of format `torch` hold one file per rank of the layout that wrote them.
-LAYOUT_KEYS = {
-    "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
-    "parallel.pipeline_model_parallel_layout", "parallel.num_layers_per_virtual_pipeline_stage",
-    "parallel.decoder_first_pipeline_num_layers", "parallel.decoder_last_pipeline_num_layers",
-    "parallel.use_distributed_optimizer",
-}  # fmt: skip
+
+class UnreadableRecipe(UserError):
+    """A frozen recipe that is damaged, or of another version of yuan."""
 
 
 class RunFolder:
@@ -88,6 +77,18 @@ class RunFolder:
         newest = self.newest_checkpoint()
         return None if newest is None else iteration_of(newest)
 
+    def changes_to(self, recipe: Recipe) -> list[Change]:
+        """What changes when the run here goes on with `recipe`; nothing where there is no run.
+
+        Raises:
+            UserError: its newest checkpoint cannot be told, or a recipe in it cannot be read (`UnreadableRecipe`).
+        """
+        if not self.recipe.exists():
+            return []
+        old, newest = _read(self.recipe), self.newest_checkpoint()
+        own = newest and newest / "recipe.yaml"
+        return classify(old, recipe, _read(own) if own and own.is_file() else old if newest else None)
+
     def close(self) -> None:
         """Let another job write here. The end of the process does the same."""
         if self._lock:
@@ -111,15 +112,14 @@ def open_run(recipe: Recipe, sources: dict[str, str], command: list[str], accept
         UserError: another job holds the folder, or the recipe is not the one of the run there.
     """
     node = recipe.launch.node_rank
-    folder = RunFolder(recipe.run.dir, "recipe.yaml" if node == 0 else f"recipe.node{node}.yaml")
+    folder = RunFolder(recipe.run.dir, recipe_name(recipe))
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run folder cannot be made: {error.strerror}", str(folder.path), "run.dir=...") from error
-    folder._lock = Lock(folder.path / (".lock" if node == 0 else f".lock.node{node}"))
+    folder._lock = Lock(lock_path(recipe))
     try:
-        if folder.recipe.exists():
-            folder.changes = _compare(folder, recipe, sources, accept_changes)
+        folder.changes = _compare(folder, recipe, sources, accept_changes)
         write_frozen(recipe, folder.recipe)
         if node == 0:
             _record_start(folder, command)
@@ -127,6 +127,14 @@ def open_run(recipe: Recipe, sources: dict[str, str], command: list[str], accept
         folder.close()
         raise
     return folder
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        return read_frozen(path)
+    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+        what = f"the run's recipe cannot be read: {str(error).splitlines()[0]}"
+        raise UnreadableRecipe(what, str(path), "give --accept-changes to replace it") from error
 
 
 class Lock:
@@ -141,14 +149,9 @@ class Lock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "pid unknown"
+            error = _in_use(path, self._file)
             self._file.close()
-            raise UserError(
-                f"another job is writing this run: {owner}",
-                str(path.parent),
-                "wait for it, or stop it (it saves a checkpoint on SIGTERM), or start another run with run.name=NAME",
-            ) from None
+            raise error from None
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n")
         self._file.flush()
@@ -157,61 +160,72 @@ class Lock:
         self._file.close()
 
 
+def recipe_name(recipe: Recipe) -> str:
+    """The frozen recipe of this machine: each has its own, the folder may be shared among them."""
+    node = recipe.launch.node_rank
+    return "recipe.yaml" if node == 0 else f"recipe.node{node}.yaml"
+
+
+def lock_path(recipe: Recipe) -> Path:
+    """The lock that this machine's job holds while it writes the run."""
+    node = recipe.launch.node_rank
+    return Path(recipe.run.dir) / (".lock" if node == 0 else f".lock.node{node}")
+
+
+def raise_if_in_use(lock: Path) -> None:
+    """Look whether a job holds the lock, leaving no trace.
+
+    Raises:
+        UserError: one does.
+    """
+    if lock.is_file():
+        with lock.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _in_use(lock, file) from None
+
+
+def _in_use(path: Path, file: IO[str]) -> UserError:
+    file.seek(0)
+    return UserError(
+        f"another job is writing this run: {file.read().strip() or 'pid unknown'}",
+        str(path.parent),
+        "wait for it, or stop it (it saves a checkpoint on SIGTERM), or start another run with run.name=NAME",
+    )
+
+
 def _compare(folder: RunFolder, recipe: Recipe, sources: dict[str, str], accept_changes: bool) -> list[str]:
-    """The changes since the run's last start, one line each; refuses unsafe ones unless accepted."""
+    """The changes since the run's last start, one line each; refuses those that may not be, or that nobody accepted."""
     try:
-        old = read_frozen(folder.recipe)
-    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+        changes = folder.changes_to(recipe)
+    except UnreadableRecipe as error:
         if accept_changes:
-            return [f"the whole recipe: {folder.recipe} could not be read ({str(error).splitlines()[0]})"]
-        what = f"the run's recipe cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(what, str(folder.recipe), "give --accept-changes to replace it") from error
-    changes = changed_keys(old, recipe)
-    lines = {key: f"{key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in changes.items()}
-    unsafe = [key for key in changes if not is_safe(key, old, recipe)]
-    if unsafe and not accept_changes:
-        diff = [lines[key] + (f"   ({sources[key]})" if key in sources else "") for key in unsafe]
-        raise UserError(
-            "this run was made with another recipe:\n" + "\n".join(f"    {line}" for line in diff),
-            str(folder.recipe),
-            "start another run with run.name=NAME, or go on with the new values: --accept-changes",
-        )
-    return list(lines.values())
+            return [f"the whole recipe: {error.what}"]
+        raise
+    raise_all(refused_changes(folder, changes, sources, accept_changes))
+    return [str(change) for change in changes]
 
 
-def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old value, new value)} of what differs. Derived values are left out, all but the vocabulary:
-    they follow from the rest, and the vocabulary from files that may have changed under the same name."""
-    before, after = _flat(asdict(old)), _flat(asdict(new))
-    keys = [key for key in after if not key.startswith("derived.") or key == "derived.vocab_size"]
-    return {key: (before[key], after[key]) for key in keys if before[key] != after[key]}
+def refused_changes(
+    folder: RunFolder, changes: list[Change], sources: dict[str, str], accept_changes: bool = False
+) -> list[UserError]:
+    """Why a run cannot go on with these changes: what can never be, and what nobody has agreed to."""
+    faults = []
+    never = [change for change in changes if change.kind == "refused"]
+    asked = [change for change in changes if change.kind == "consent"]
+    if never:
+        what = "this run's checkpoint cannot be loaded into this recipe's model:" + _diff(never, sources)
+        faults.append(UserError(what, str(folder.recipe), "start another run with run.name=NAME, or keep these values"))
+    if asked and not accept_changes:
+        fix = "start another run with run.name=NAME, or go on with the new values: --accept-changes"
+        faults.append(UserError("this run was made with another recipe:" + _diff(asked, sources), str(folder.recipe), fix))
+    return faults
 
 
-def is_safe(key: str, old: Recipe, new: Recipe) -> bool:
-    """May a run go on when `key` alone differs between its recipe and the new one?"""
-    if key in LAYOUT_KEYS:
-        return old.checkpoint.format == "torch_dist"
-    if key in ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples"):
-        return all(_decays_to_the_end(key, recipe) for recipe in (old, new))
-    return key in SAFE_KEYS or key.split(".")[0] in SAFE_GROUPS
-
-
-def _decays_to_the_end(key: str, recipe: Recipe) -> bool:
-    """Is the decay's length the training's own, and so no choice but what follows from train_iters or its like?"""
-    unit = key.rsplit("_", 1)[1]
-    length = getattr(recipe.optimizer, f"lr_decay_{unit}")
-    return length in (None, getattr(recipe.training, f"train_{unit}"), getattr(recipe.derived, f"train_{unit}"))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else json.dumps(value, default=str)
+def _diff(changes: list[Change], sources: dict[str, str]) -> str:
+    lines = [f"{change}" + (f"   ({sources[change.key]})" if change.key in sources else "") for change in changes]
+    return "".join(f"\n    {line}" for line in lines)
 
 
 def _record_start(folder: RunFolder, command: list[str]) -> None:

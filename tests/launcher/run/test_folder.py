@@ -10,8 +10,9 @@ import pytest
 from checkpoints.folder import TRACKER, begin, commit
 from launcher.errors import UserError
 from launcher.recipe import load
-from launcher.recipe.frozen import read_frozen
-from launcher.run.folder import RunFolder, changed_keys, open_run
+from launcher.recipe.frozen import read_frozen, write_frozen
+from launcher.run.changes import changed_keys
+from launcher.run.folder import RunFolder, open_run
 
 COMMAND = ["yuan", "pretrain", "recipe=345m_1dp", "run.name=with space"]
 
@@ -97,10 +98,87 @@ def test_a_decay_as_long_as_the_training_grows_with_it(tmp_path):
     assert "optimizer.lr_decay_iters: 3000 -> 4000" in folder.changes
 
 
-def test_the_torch_format_ties_a_run_to_its_layout(tmp_path):
-    opened(tmp_path, "checkpoint.format=torch")
-    with pytest.raises(UserError, match="parallel.tensor_model_parallel_size: 1 -> 2"):
-        opened(tmp_path, "checkpoint.format=torch", "launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2")
+def saved(tmp_path, *words: str) -> RunFolder:
+    """A run of a recipe with a checkpoint at step 10: what of it classifying a change looks at."""
+    folder = opened(tmp_path, *words)
+    part = begin(folder.checkpoints, 10)
+    write_frozen(read_frozen(folder.recipe), part / "recipe.yaml")
+    commit(part)
+    return folder
+
+
+def test_the_torch_format_ties_a_saved_run_to_its_layout(tmp_path):
+    two = ["launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2"]
+    opened(tmp_path / "unsaved", "checkpoint.format=torch")
+    assert opened(tmp_path / "unsaved", "checkpoint.format=torch", *two).changes
+    saved(tmp_path, "checkpoint.format=torch")
+    with pytest.raises(UserError, match="parallel.tensor_model_parallel_size: 1 -> 2") as error:
+        opened(tmp_path, "checkpoint.format=torch", *two, accept_changes=True)
+    assert "cannot be loaded" in error.value.what
+    assert opened(tmp_path, "checkpoint.format=torch_dist").changes == ['checkpoint.format: "torch" -> "torch_dist"']
+    with pytest.raises(UserError, match="the torch format is loaded at the layout that saved it"):
+        opened(tmp_path, *two)  # the newest checkpoint still is of the torch format
+
+
+# What the engine does with each was tried: of these, none can be loaded.
+NEVER = [
+    (["model.num_layers=12"], ""),
+    (["model.hidden_size=2048"], ""),
+    (["model.ffn_hidden_size=2048"], ""),
+    (["model.num_attention_heads=8", "model.kv_channels=128"], ""),
+    (["model.num_attention_heads=32"], ""),
+    (["model.num_query_groups=4"], ""),
+    (["model.swiglu=true"], ""),
+    (["model.max_position_embeddings=2048"], ""),
+    (["model.untie_embeddings_and_output_weights=true"], ""),
+    (["model.normalization=LayerNorm"], "model.normalization=RMSNorm"),
+    (["model.add_bias_linear=true"], "model.add_bias_linear=false"),
+    (["model.position_embedding_type=learned_absolute"], "model.position_embedding_type=rope"),
+    (["model.family=yuan2"], ""),
+    (["training.precision=bf16"], "training.precision=fp32"),
+    (["training.precision=fp32"], "training.precision=bf16"),
+    (["parallel.use_distributed_optimizer=true"], "checkpoint.format=torch"),
+    (["launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2"], "checkpoint.format=torch"),
+]
+
+
+@pytest.mark.parametrize(("words", "first"), NEVER)
+def test_what_no_checkpoint_can_be_loaded_into_is_refused_whatever_is_accepted(tmp_path, words, first):
+    before = saved(tmp_path, *[first] * bool(first)).recipe.read_text()
+    key = words[-1].split("=")[0]
+    with pytest.raises(UserError, match=f"cannot be loaded into this recipe's model:(.|\n)*{key}: ") as error:
+        opened(tmp_path, *words, accept_changes=True)
+    assert all("--accept-changes" not in one.fix for one in error.value.each)
+    assert RunFolder(tmp_path / "run").recipe.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["model.normalization=RMSNorm"], ""),
+        (["model.position_embedding_type=rope"], ""),
+        (["model.untie_embeddings_and_output_weights=false"], "model.untie_embeddings_and_output_weights=true"),
+        (["model.family=llama"], ""),
+        (["training.precision=fp16"], "training.precision=bf16"),
+        (["training.precision=bf16", "parallel.use_distributed_optimizer=true"], "training.precision=fp32"),
+        (["training.precision=fp32"], "parallel.use_distributed_optimizer=true"),
+    ],
+)
+def test_what_can_be_loaded_and_computes_something_else_needs_consent(tmp_path, words, first):
+    saved(tmp_path, "training.precision=bf16", *[first] * bool(first))
+    with pytest.raises(UserError, match="this run was made with another recipe"):
+        opened(tmp_path, "training.precision=bf16", *words)
+    assert opened(tmp_path, "training.precision=bf16", *words, accept_changes=True).changes
+
+
+def test_what_is_refused_and_what_needs_consent_are_told_at_once(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UserError) as error:
+        opened(tmp_path, "model.num_layers=12", "optimizer.lr=1e-3", "logging.log_interval=1")
+    never, asked = error.value.each
+    assert "model.num_layers: 24 -> 12 (the checkpoint's tensors have other shapes)   (command line)" in never.what
+    assert "optimizer.lr: 6e-05 -> 0.001" in asked.what and "--accept-changes" in asked.fix
+    assert "log_interval" not in never.what + asked.what
 
 
 def test_a_vocabulary_changed_under_its_name_is_noticed(tmp_path):
