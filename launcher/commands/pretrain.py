@@ -12,6 +12,8 @@ import typer
 import launcher.workers
 from checkpoints.folder import newest_checkpoint
 from launcher.errors import UserError
+from launcher.launch.dry_run import dry_run as show_launch
+from launcher.launch.slurm import submit
 from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import load
 from launcher.recipe.check import ensure
@@ -27,7 +29,7 @@ WORKER = Path(launcher.workers.__file__).with_name("pretrain.py")
 def pretrain(
     words: Annotated[Optional[list[str]], typer.Argument(metavar="recipe=NAME [KEY=VALUE]...", help="A recipe, and values that override its own.")] = None,  # noqa: UP007
     accept_changes: Annotated[bool, typer.Option("--accept-changes", help="Go on with a run whose recipe was another.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check; show the plan, the commands and the recipe; start nothing.")] = False,
 ) -> None:
     """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run."""
     loaded = load(words or [])
@@ -36,9 +38,13 @@ def pretrain(
     keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))
     typer.echo(plan(loaded.recipe), err=True)
     if dry_run:
+        typer.echo(show_launch(loaded, RunFolder(loaded.recipe.run.dir), WORKER, "pretrain"))
         return
     folder = open_run(loaded.recipe, loaded.sources, ["yuan", *sys.argv[1:]], accept_changes)
     _say_what_is_there(folder)
+    if loaded.recipe.launch.kind == "slurm":
+        typer.echo(submit(loaded, folder, "pretrain"), err=True)
+        return
     code = launch(loaded.recipe, folder, WORKER, "pretrain")
     if code == STOPPED and _complete(folder, loaded.recipe):  # by a signal that came after the last step
         code = 0

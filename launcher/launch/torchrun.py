@@ -46,6 +46,8 @@ def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:
     Raises:
         UserError: a worker met a mistake the user can mend, or another machine did not come.
     """
+    if recipe.launch.kind != "torchrun":
+        raise UserError(f"yuan {verb} starts its processes on this machine", f"launch.kind={recipe.launch.kind}", "launch.kind=torchrun")
     restarts = recipe.launch.max_restarts
     with StopSignals() as stop:
         for attempt in range(restarts + 1):

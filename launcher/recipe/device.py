@@ -24,13 +24,13 @@ def gpu_count() -> int:
     return min(present, len([one for one in visible.split(",") if one.strip() and one.strip() != "-1"]))
 
 
-def resolve_device(device: str) -> str:
-    """`launch.device` → cpu or cuda: auto is cuda where a GPU is present."""
-    if device == "auto":
-        return "cuda" if gpu_count() else "cpu"
-    return device
+def resolve_device(launch: Any) -> str:
+    """`launch.device` → cpu or cuda: auto is cuda where a GPU is present, and for a Slurm job, which runs elsewhere."""
+    if launch.device == "auto":
+        return "cuda" if launch.kind == "slurm" or gpu_count() else "cpu"
+    return launch.device
 
 
 def on_gpu(yes: Any, no: Any, *, _root_: Any) -> Any:
     """The value of `${on_gpu:yes,no}` in a recipe: `yes` where launch.device comes out as cuda."""
-    return yes if resolve_device(_root_.launch.device) == "cuda" else no
+    return yes if resolve_device(_root_.launch) == "cuda" else no

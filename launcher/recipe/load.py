@@ -139,7 +139,7 @@ def _typed(config: DictConfig, sources: dict[str, str], faults: list[UserError])
         try:
             config[group][leaf] = config[group][leaf]
             if "on_gpu" in expression:
-                device = device or resolve_device(config.launch.device)
+                device = device or resolve_device(config.launch)
                 sources[name] += f": {expression} on {device}"
         except (OmegaConfBaseException, TypeError) as error:
             what = f"{name}: {expression} gives no value: {str(error).splitlines()[0]}"

@@ -59,7 +59,7 @@ def _model(recipe: Recipe, fill) -> None:
 
 def _processes(recipe: Recipe, fill) -> None:
     p, t, launch = recipe.parallel, recipe.training, recipe.launch
-    fill("derived.device", resolve_device(launch.device))
+    fill("derived.device", resolve_device(launch))
     fill("derived.world_size", launch.nnodes * launch.nproc_per_node)
     fill("data.num_workers", 2 if recipe.derived.device == "cuda" else 0)
     if recipe.derived.device == "cpu" and launch.nproc_per_node > 0:
@@ -111,8 +111,10 @@ def _schedule(recipe: Recipe, fill) -> None:
 
 
 def _vocabulary(recipe: Recipe, fill) -> None:
-    fill("derived.vocab_size", vocabulary_size(recipe.tokenizer))
-    fill("derived.vocab_size", recipe.tokenizer.vocab_size)  # stated by the recipe, whose files are not on this machine
+    built, stated = vocabulary_size(recipe.tokenizer), recipe.tokenizer.vocab_size
+    if recipe.tokenizer.type != "NullTokenizer" and stated:  # its files are not on this machine, or tokens are added to them
+        built = max(built or 0, stated)
+    fill("derived.vocab_size", built)
     if recipe.tokenizer.type != "NullTokenizer":
         fill("tokenizer.vocab_size", recipe.derived.vocab_size)
     divisor = recipe.model.make_vocab_size_divisible_by * recipe.parallel.tensor_model_parallel_size

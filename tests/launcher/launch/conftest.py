@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.launcher.engine.conftest import small  # noqa: F401  its data and recipe train here too
+from tests.launcher.engine.runs import losses, yuan
 
 
 @dataclass
@@ -28,6 +29,21 @@ class Machine:
             os.kill(pid, signal.SIGSTOP)
         for pid in self.pids():
             os.kill(pid, signal.SIGKILL)
+
+
+@dataclass
+class LongRun:
+    """120 steps of `small` in two processes of one machine: long enough to be broken in the middle."""
+
+    words: list[str]
+    curve: dict[int, float]
+
+
+@pytest.fixture(scope="session")
+def long_run(small) -> LongRun:  # noqa: F811
+    words = ["training.train_iters=120", "optimizer.lr_decay_iters=120", "checkpoint.save_interval=20", "training.eval_iters=0"]
+    yuan(small, "pretrain", "recipe=small", "run.name=one_machine", *words, "launch.nproc_per_node=2")
+    return LongRun(words, losses(small, "one_machine"))
 
 
 def ip(*words: str) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.engine.runs import losses, yuan
+from tests.launcher.engine.runs import losses
 from tests.launcher.launch.test_launch import gone, start, wait_for
 
 YUAN = Path(sys.executable).with_name("yuan")
-LONG = ("training.train_iters=120", "optimizer.lr_decay_iters=120", "checkpoint.save_interval=20", "training.eval_iters=0")
 
 
 class Job:
@@ -23,7 +22,7 @@ class Job:
 
     def __init__(self, folder, machines, name, *words):
         self.folder, self.machines, self.run = folder, machines, folder / "runs" / name
-        self.words = ["pretrain", "recipe=small", f"run.name={name}", *LONG, *words, "launch.nnodes=2", "launch.rdzv_endpoint=10.77.0.1:29500"]
+        self.words = ["pretrain", "recipe=small", f"run.name={name}", *words, "launch.nnodes=2", "launch.rdzv_endpoint=10.77.0.1:29500"]
         self.launchers = [self.start(rank) for rank in (0, 1)]
 
     def start(self, rank: int) -> subprocess.Popen:
@@ -43,12 +42,9 @@ class Job:
         return [(launcher.returncode, err) for launcher, err in [(one, one.communicate(timeout=180)[1]) for one in self.launchers]]
 
 
-def test_two_machines_compute_what_one_does_and_a_lost_one_is_named_and_may_come_back(small, machines):
-    yuan(small, "pretrain", "recipe=small", "run.name=one_machine", *LONG, "launch.nproc_per_node=2")
-    curve = losses(small, "one_machine")
-
+def test_two_machines_compute_what_one_does_and_a_lost_one_is_named_and_may_come_back(small, machines, long_run):
     # A power cut: the other machine ends soon and says which one it lost.
-    job = Job(small, machines, "two_machines")
+    job = Job(small, machines, "two_machines", *long_run.words)
     job.wait_for_step(50)
     machines[1].kill()
     (code, err), (killed, _) = job.ends()
@@ -57,7 +53,7 @@ def test_two_machines_compute_what_one_does_and_a_lost_one_is_named_and_may_come
     assert machines[0].pids() == []  # nothing is left behind
 
     # The same again with restarts: a killed rank, then a lost machine that comes back.
-    job = Job(small, machines, "two_machines", "launch.max_restarts=2")
+    job = Job(small, machines, "two_machines", *long_run.words, "launch.max_restarts=2")
     job.wait_for_step(60)
     os.kill(job.rank_pid(1), signal.SIGKILL)
     job.wait_for_step(80)
@@ -71,7 +67,7 @@ def test_two_machines_compute_what_one_does_and_a_lost_one_is_named_and_may_come
     for text in (err, first_err):
         assert "\nrestart 1 of 2; the same command goes on from step " in text
     assert "restart 2 of 2" in err and "(final)" not in err
-    assert {step: loss for step, loss in losses(small, "two_machines").items() if step in curve} == curve
+    assert losses(small, "two_machines") == long_run.curve
 
 
 def machine(folder, rank, port, scenario="meet", *words):
