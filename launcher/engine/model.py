@@ -51,7 +51,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 from launcher.recipe.device import gpu_count
 from launcher.recipe.pipeline import LayoutError, parse_layout
-from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
+from launcher.recipe.estimate.stages import chunks
+from launcher.recipe.problem import Case, Problem, divisors, nearest, nearest_divisors
+from launcher.recipe.ramp import batch_sizes, whole_ramp
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -72,6 +75,7 @@ def tensor_parallel(case: Case) -> Iterator[Problem]:
             "sequence parallelism shares the sequence over tensor-parallel ranks, and there is one",
             case.at("parallel.sequence_parallel", TP),
             f"parallel.sequence_parallel=false, or {TP}=2",
+            "warning",  # Megatron turns it off
         )
     elif t.seq_length and t.seq_length % tp:
         yield Problem(
@@ -116,6 +120,7 @@ def _layout(case: Case, layers: int, pp: int) -> Iterator[Problem]:
         )
         return
     flat = "".join(stages)
+    yield from _empty_stages(case, stages)
     if len(stages) % pp:
         yield Problem(
             f"the layout has {len(stages)} stages, no multiple of PP {pp}",
@@ -130,6 +135,18 @@ def _layout(case: Case, layers: int, pp: int) -> Iterator[Problem]:
             case.at(LAYOUT, "model.num_layers"),
             f"{layers} times t in the layout, or model.num_layers={flat.count('t')}",
         )
+
+
+def _empty_stages(case: Case, stages: list[str]) -> Iterator[Problem]:
+    """Megatron computes the embedding on the first stage and the loss on the last, whatever a layout says."""
+    for letter, name, end, stage in (("E", "embedding", "first", stages[0]), ("L", "loss", "last", stages[-1])):
+        if letter not in stage and letter in "".join(stages):
+            what = f"the layout has {letter} not on the {end} stage, where the {name} is computed all the same"
+            yield Problem(what, case.at(LAYOUT), "such as 'Et*3|t*3L'", "warning")
+    empty = [str(number) for number, stage in enumerate(stages, 1) if not stage]
+    if empty:
+        what = f"stage {' and '.join(empty)} of {len(stages)} holds nothing: its ranks only pass on what they get"
+        yield Problem(what, case.at(LAYOUT), "fewer | in the layout, or a t between them", "warning")
 
 
 def _uneven(case: Case, layers: int, pp: int) -> Iterator[Problem]:
@@ -189,17 +206,18 @@ def interleaving(case: Case) -> Iterator[Problem]:
 def _groups_of_micro_batches(case: Case, pp: int) -> Iterator[Problem]:
     t, ramp = case.recipe.training, "training.rampup_batch_size"
     at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
-    sizes = [("training.global_batch_size", "a step", t.global_batch_size or 0)]
-    if len(t.rampup_batch_size or []) == 3:
-        sizes += [(ramp, "the ramp's start", t.rampup_batch_size[0]), (ramp, "the ramp's increment", t.rampup_batch_size[1])]
-    for key, name, size in sizes:
-        if at_once > 0 and size > 0 and size % at_once == 0 and size // at_once % pp:
-            yield Problem(
-                f"the interleaved schedule takes micro batches in groups of PP {pp}, and {name} has {size // at_once}",
-                case.at(key, PP),
-                f"{key}={nearest(size, at_once * pp)}" if key != ramp else f"{name} {nearest(size, at_once * pp)}",
-            )
-            return  # mending one may mend the next
+    sizes = batch_sizes(case.recipe)[::-1]  # the whole batch first: mending it may mend the others
+    wrong = [size for size in sizes if at_once > 0 and size > 0 and size % at_once == 0 and size // at_once % pp]
+    if wrong:
+        whole = wrong[0] == t.global_batch_size
+        mended = None if whole else whole_ramp(t.rampup_batch_size, t.global_batch_size, at_once * pp)
+        fix = f"{ramp}={str(mended).replace(' ', '') if mended else 'null'}"
+        yield Problem(
+            f"the interleaved schedule takes micro batches in groups of PP {pp}, and a step of {wrong[0]} samples has "
+            f"{wrong[0] // at_once}",
+            case.at("training.global_batch_size" if whole else ramp, PP),
+            f"training.global_batch_size={nearest(wrong[0], at_once * pp)}" if whole else fix,
+        )
 
 
 def recompute(case: Case) -> Iterator[Problem]:
@@ -213,11 +231,31 @@ def recompute(case: Case) -> Iterator[Problem]:
             )
         if p.recompute_num_layers is None:
             yield Problem("full recomputation needs a number of layers", case.at("parallel.recompute_granularity"), f"{number}=1")
+        elif p.recompute_method == "uniform":
+            yield from _uniform_chunks(case, number)
         return
     state = "selective recomputation" if p.recompute_granularity else "no recomputation"
     for key in (method, number):
         if case.value(key) is not None:
-            yield Problem(f"{key} says nothing with {state}", case.at(key), f"{key}=null, or parallel.recompute_granularity=full")
+            fix = f"{key}=null, or parallel.recompute_granularity=full"
+            severity = "error" if p.recompute_granularity else "warning"
+            yield Problem(f"{key} says nothing with {state}", case.at(key), fix, severity)
+
+
+def _uniform_chunks(case: Case, key: str) -> Iterator[Problem]:
+    """megatron-core walks a stage in steps of so many layers, and over its end where they do not divide it."""
+    number = case.value(key)
+    if number < 1 or not case.recipe.model.num_layers or any(problem.severity == "error" for problem in pipeline(case)):
+        return
+    counts = {chunk.layers for rank in chunks(case.recipe) for chunk in rank if chunk.layers}
+    uneven = sorted(count for count in counts if count % number)
+    if uneven:
+        fits = [d for d in divisors(gcd(*counts)) if d <= number]
+        yield Problem(
+            f"{number} layers are recomputed at once, and a stage has {' or '.join(map(str, uneven))}: that is no multiple",
+            case.at(key, "parallel.recompute_method", PP),
+            f"{key}={fits[-1]}, or parallel.recompute_method=block",
+        )
 
 
 def data_parallel(case: Case) -> Iterator[Problem]:

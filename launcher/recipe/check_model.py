@@ -26,7 +26,8 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         training.eval_interval training.exit_interval
         optimizer.lr_decay_iters optimizer.lr_decay_samples optimizer.lr_decay_tokens
         preprocess.workers tokenizer.vocab_size checkpoint.save_interval checkpoint.keep_last logging.log_interval
-        launch.nproc_per_node launch.nnodes launch.cpu_threads""",
+        launch.nproc_per_node launch.nnodes launch.cpu_threads training.epochs serve.port
+        convert.tensor_model_parallel_size convert.pipeline_model_parallel_size""",
     0: """model.init_method_std model.attention_dropout model.hidden_dropout training.seed training.eval_iters
         optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
         optimizer.lr_warmup_fraction optimizer.lr_warmup_init optimizer.lr_wsd_decay_iters
@@ -35,7 +36,8 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         launch.max_restarts""",
 }
 ABOVE_ZERO = """model.norm_epsilon model.rotary_percent optimizer.lr optimizer.adam_eps training.loss_scale
-    training.initial_loss_scale training.min_loss_scale training.exit_duration_in_mins"""
+    training.initial_loss_scale training.min_loss_scale training.exit_duration_in_mins
+    launch.gpu_memory_gib launch.gpu_peak_tflops launch.mfu"""
 BELOW_ONE = """model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2
     optimizer.lr_warmup_fraction"""
 
@@ -60,7 +62,8 @@ def ranges(case: Case) -> Iterator[Problem]:
         yield from _compare(case, key, lambda value: value > 0, "above 0")
     for key in BELOW_ONE.split():
         yield from _compare(case, key, lambda value: value < 1, "below 1")
-    yield from _compare(case, "model.rotary_percent", lambda value: value <= 1, "at most 1")
+    for key in ("model.rotary_percent", "launch.mfu"):
+        yield from _compare(case, key, lambda value: value <= 1, "at most 1")
 
 
 def generation_ranges(case: Case) -> Iterator[Problem]:
@@ -101,11 +104,23 @@ def shapes(case: Case) -> Iterator[Problem]:
             case.at("training.seq_length", "model.max_position_embeddings"),
             f"training.seq_length={m.max_position_embeddings}, or model.max_position_embeddings={t.seq_length}",
         )
-    if m.position_embedding_type == "rope" and m.kv_channels and int(m.kv_channels * m.rotary_percent) % 2:
+    turned = int((m.kv_channels or 0) * m.rotary_percent)
+    if m.position_embedding_type == "rope" and m.kv_channels and (turned % 2 or turned == 0):
         yield Problem(
-            f"RoPE turns pairs, and {int(m.kv_channels * m.rotary_percent)} channels of a head are no pairs",
+            f"RoPE turns pairs, and {turned} channels of a head are no pairs",
             case.at("model.kv_channels", "model.rotary_percent"),
             f"model.kv_channels={nearest(m.kv_channels, 2)}, or another model.rotary_percent",
+        )
+
+
+def family(case: Case) -> Iterator[Problem]:
+    """The engine has no filtered attention (LFA) yet: a recipe for Yuan 2.0 can be written and checked, and nothing runs it."""
+    if case.recipe.model.family == "yuan2":
+        yield Problem(
+            "this version of yuan has no filtered attention, and can neither train Yuan 2.0 nor answer with it",
+            case.at("model.family"),
+            "model.family=llama for a model of that shape without the filter",
+            "error" if case.launching else "warning",
         )
 
 
@@ -113,6 +128,11 @@ def precision(case: Case) -> Iterator[Problem]:
     """Loss scaling belongs to fp16; a CPU computes fp16 slowly."""
     t = case.recipe.training
     if t.precision == "fp16":
+        for key in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+            if t.loss_scale is not None and case.given(f"training.{key}"):
+                what = f"training.{key} is of a dynamic loss scale, and this one is fixed"
+                fix = "training.loss_scale=null for a dynamic one, or leave it out"
+                yield Problem(what, case.at(f"training.{key}", "training.loss_scale"), fix, "warning")
         if t.min_loss_scale > t.initial_loss_scale:
             yield Problem(
                 "the loss scale starts below its floor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.recipe.problem import Case, Problem, nearest
+from launcher.recipe.ramp import batch_sizes, whole_ramp
 
 LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
 WARMUPS = (
@@ -86,6 +87,7 @@ def learning_rate(case: Case) -> Iterator[Problem]:
         return
     if o.lr_warmup_fraction is not None:
         warmup = o.lr_warmup_fraction * decay
+    yield from _warmup_of_nothing(case, warmup / batch)
     unit, per = ("iters", batch) if _by_iters(case) else ("samples", 1)
     if warmup >= decay:
         key = f"optimizer.lr_warmup_{unit}"
@@ -108,6 +110,16 @@ def learning_rate(case: Case) -> Iterator[Problem]:
             f"optimizer.lr_wsd_decay_{unit}={int((decay - warmup) // per)} or less",
         )
     yield from _unreached(case, warmup / batch, decay / batch)
+
+
+def _warmup_of_nothing(case: Case, warmup: float) -> Iterator[Problem]:
+    """`warmup` in steps. Asked for, and shorter than a step: old scripts divided tokens by a batch and got 0."""
+    asked = [key for key in WARMUPS if case.given(key) and case.value(key)]
+    if len(asked) == 1 and warmup < 1:
+        key, t = asked[0], case.recipe.training
+        least = {"samples": t.global_batch_size, "tokens": t.global_batch_size * (t.seq_length or 1)}.get(key.rsplit("_", 1)[1])
+        fix = f"{key}={least} or more" if least else "a larger share"
+        yield Problem(f"a warm-up of {warmup:.2g} steps is none", case.at(key), f"{fix}, or {key}=0 for none", "warning")
 
 
 def _unreached(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
@@ -177,10 +189,11 @@ def rampup(case: Case) -> Iterator[Problem]:
             f"training.global_batch_size={fits}",
         )
     at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
-    for name, number in (("start", start), ("increment", increment)):
-        if at_once > 0 and number % at_once:
-            yield Problem(
-                f"the ramp's {name} {number} is no multiple of micro_batch_size x data-parallel size = {at_once}",
-                case.at(key, "training.micro_batch_size"),
-                f"{name} {nearest(number, at_once)}",
-            )
+    torn = [size for size in batch_sizes(case.recipe)[:-1] if at_once > 0 and size % at_once]
+    if torn:
+        mended = whole_ramp(t.rampup_batch_size, total, at_once)
+        yield Problem(
+            f"the batch grows through {torn[0]}, no multiple of micro_batch_size x data-parallel size = {at_once}",
+            case.at(key, "training.micro_batch_size"),
+            f"{key}={str(mended).replace(' ', '') if mended else 'null'}",
+        )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
+from launcher.recipe.problem import divisors
+from launcher.recipe.schema import Recipe
+
 
 def ramp(rampup: list[int] | None, batch: int, samples: int) -> list[tuple[int, int]]:
     """The phase in which the batch grows, as (batch size, steps of that size) in order.
@@ -30,3 +33,21 @@ def ramp(rampup: list[int] | None, batch: int, samples: int) -> list[tuple[int, 
         sizes.append((size, steps))
         consumed += size * steps
     return sizes
+
+
+def batch_sizes(recipe: Recipe) -> list[int]:
+    """Every global batch size of the training, in order, the whole one last."""
+    t = recipe.training
+    samples = t.train_samples or (t.train_tokens or 0) // (t.seq_length or 1)
+    growing = [size for size, _ in ramp(t.rampup_batch_size, t.global_batch_size or 0, samples)]
+    return [*growing, *([t.global_batch_size] if t.global_batch_size else [])]
+
+
+def whole_ramp(rampup: list[int], batch: int, unit: int) -> list[int] | None:
+    """The ramp nearest to `rampup` whose sizes are multiples of `unit`; None where the whole batch is none."""
+    start, increment, length = rampup
+    if batch % unit or batch <= unit:
+        return None
+    starts = [value for value in (start // unit * unit, -(-start // unit) * unit) if 0 < value < batch] or [unit]
+    start = min(starts, key=lambda value: abs(value - start))
+    return [start, unit * min(divisors((batch - start) // unit), key=lambda count: abs(count * unit - increment)), length]
