@@ -246,7 +246,7 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("yuan", "torch", "megatron-core", "transformer-engine", "numpy")},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -260,7 +260,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit this code runs from, with a + when files differ from it; None outside a checkout or without git."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
