@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Annotated, Optional
 
 import typer
@@ -13,15 +14,16 @@ from launcher.recipe.check import CHECKS
 from launcher.recipe.check import check as find_problems
 from launcher.recipe.check_run import going_on
 from launcher.recipe.size import parameters
+from launcher.recipe.verb import verb_of
+
+_FOR_HELP = "The verb to check for: " + ", ".join(CHECKS) + ". Default: the one that the recipe is for."
 
 
 def check(
     words: Annotated[
         Optional[list[str]], typer.Argument(metavar="recipe=NAME key=value", help="As for the verb that is checked.")
     ] = None,
-    verb: Annotated[
-        str, typer.Option("--for", metavar="VERB", help="The verb to check for: " + ", ".join(CHECKS) + ".")
-    ] = "pretrain",
+    verb: Annotated[Optional[str], typer.Option("--for", metavar="VERB", help=_FOR_HELP)] = None,
     nodes: Annotated[Optional[int], typer.Option(metavar="N", help="Short for launch.nnodes=N launch.device=cuda.")] = None,
     gpus_per_node: Annotated[
         Optional[int], typer.Option(metavar="G", help="Short for launch.nproc_per_node=G launch.device=cuda.")
@@ -39,14 +41,15 @@ def check(
       yuan check recipe=345m_4dp --nodes 2 --gpus-per-node 8
       yuan check --for preprocess
     """
-    if verb not in CHECKS:
+    if verb is not None and verb not in CHECKS:
         raise UserError(f"there is nothing to check for {verb!r}", "--for", "one of " + ", ".join(CHECKS))
     loaded = load(
         words or [],
         {"launch.nnodes": (nodes, "--nodes"), "launch.nproc_per_node": (gpus_per_node, "--gpus-per-node")}
         | {"launch.device": ("cuda" if nodes or gpus_per_node else None, "--nodes or --gpus-per-node")},
-        default={"pretrain": None, "tokenizer": "preprocess"}.get(verb, verb),
+        default={"tokenizer": "preprocess", "preprocess": "preprocess", "generate": "generate"}.get(verb or ""),
     )
+    verb = verb or verb_of(loaded)
     problems = find_problems(loaded.recipe, loaded.sources, verb, accept_changes=accept_changes)
     for problem in problems:
         print(f"{problem.severity}: {problem.as_error()}")
@@ -54,7 +57,9 @@ def check(
     if errors:
         print(f"\n{loaded.name} would not run: {errors} error{'s' * (errors > 1)}")
         sys.exit(2)
-    print(("\n" if problems else "") + f"{loaded.name} would run")
+    print(("\n" if problems else "") + f"{loaded.name} would run" + ("" if verb == "pretrain" else f" with `yuan {verb}`"))
+    if not find_spec(f"launcher.commands.{verb}"):
+        print(f"  but this version of yuan can only check it: there is no verb {verb} yet")
     if verb == "pretrain":
         print("\n".join(summary(loaded) + [f"  {line}" for line in going_on(loaded.recipe)]))
 

@@ -14,10 +14,12 @@ import launcher.workers
 from launcher.errors import UserError, raise_all
 from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import Loaded
+from launcher.recipe import check_answers
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.inference import find_checkpoint, inference_recipe
+from launcher.recipe.problem import Case
 from launcher.recipe.schema import Generate, Recipe
 from launcher.run.folder import RunFolder
 from launcher.workers.generate import SUMMARY
@@ -72,27 +74,9 @@ def generate(
 
 
 def _check_files(loaded: Loaded) -> None:
-    from data_tools.errors import InputError
-    from data_tools.jsonl import check_readable
-
-    options, faults = loaded.recipe.generate, []
-    example = '{"query": "What is a list?"}'
-    if options.input is None:
-        fix = f"--input FILE.jsonl, with {example} on each line"
-        faults.append(UserError("generate.input is not given", "command line", fix))
-    else:
-        try:
-            check_readable(Path(options.input))
-            if Path(options.input).stat().st_size == 0:
-                faults.append(UserError("the input is empty", options.input, f"write {example} on each line"))
-        except InputError as error:
-            faults.append(UserError(error.what, f"generate.input ({loaded.sources['generate.input']})", error.fix))
-    output = Path(options.output)
-    if output.is_dir():
-        faults.append(UserError(f"{output} is a folder", "generate.output", "give the name of a file"))
-    elif options.input is not None and output.resolve() == Path(options.input).resolve():
-        faults.append(UserError("the answers would replace the prompts", f"generate.output={output}", "give another --output"))
-    raise_all(faults)
+    """The input and the output, before a checkpoint is looked for; the output's folder is made."""
+    raise_all([problem.as_error() for problem in check_answers.files(Case(loaded.recipe, loaded.sources))])
+    output = Path(loaded.recipe.generate.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,49 +3,66 @@
 from __future__ import annotations
 
 from launcher.errors import raise_all
-from launcher.recipe import check_checkpoint, check_data, check_layout, check_model, check_run, check_schedule, check_slurm
+from launcher.recipe import (
+    check_answers,
+    check_checkpoint,
+    check_conversion,
+    check_data,
+    check_finetuning,
+    check_layout,
+    check_model,
+    check_run,
+    check_schedule,
+    check_slurm,
+)
 from launcher.recipe.load import Loaded
 from launcher.recipe.problem import Case, Check, Problem
 from launcher.recipe.schema import Recipe
 
+_TRAINING: tuple[Check, ...] = (
+    check_model.required,
+    check_model.ranges,
+    check_model.shapes,
+    check_model.precision,
+    check_model.family,
+    check_layout.world,
+    check_layout.batch,
+    check_layout.tensor_parallel,
+    check_layout.pipeline,
+    check_layout.interleaving,
+    check_layout.recompute,
+    check_layout.data_parallel,
+    check_layout.machines,
+    check_layout.gpus,
+    check_slurm.slurm,
+    check_schedule.units,
+    check_schedule.learning_rate,
+    check_schedule.weight_decay,
+    check_schedule.rampup,
+    check_data.tokenizer,
+    check_checkpoint.load,
+    check_run.folder,
+    check_run.disk,
+)
+_ANSWERING: tuple[Check, ...] = (
+    check_model.ranges,
+    check_model.generation_ranges,
+    check_model.family,
+    check_layout.world,
+    check_layout.tensor_parallel,
+    check_layout.pipeline,
+    check_layout.machines,
+    check_layout.gpus,
+    check_answers.checkpoint,
+)
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "pretrain": (
-        check_model.required,
-        check_model.ranges,
-        check_model.shapes,
-        check_model.precision,
-        check_layout.world,
-        check_layout.batch,
-        check_layout.tensor_parallel,
-        check_layout.pipeline,
-        check_layout.interleaving,
-        check_layout.recompute,
-        check_layout.data_parallel,
-        check_layout.machines,
-        check_layout.gpus,
-        check_slurm.slurm,
-        check_schedule.length,
-        check_schedule.units,
-        check_schedule.learning_rate,
-        check_schedule.weight_decay,
-        check_schedule.rampup,
-        check_data.tokenizer,
-        check_data.data,
-        check_checkpoint.load,
-        check_run.folder,
-        check_run.disk,
-    ),
+    "pretrain": (*_TRAINING, check_schedule.length, check_data.data),
+    "sft": (*_TRAINING, check_finetuning.length, check_finetuning.rows, check_finetuning.weights),
     "tokenizer": (check_data.tokenizer,),
     "preprocess": (check_model.ranges, check_data.preprocess_input, check_data.tokenizer),
-    "generate": (
-        check_model.ranges,
-        check_model.generation_ranges,
-        check_layout.world,
-        check_layout.tensor_parallel,
-        check_layout.pipeline,
-        check_layout.machines,
-        check_layout.gpus,
-    ),
+    "convert": (check_model.ranges, check_model.shapes, check_conversion.places, check_conversion.layout),
+    "generate": (*_ANSWERING, check_answers.files),
+    "serve": (*_ANSWERING, check_answers.address),
 }
 
 

@@ -27,7 +27,7 @@ class BlendError(ValueError):
 
 
 def tokenizer(case: Case) -> Iterator[Problem]:
-    """Its files are there and make a tokenizer; a vocab_size that was given is theirs; nothing was typed in vain."""
+    """Its files are there and make a tokenizer; a vocab_size that was given has room for theirs; nothing was typed in vain."""
     from data_tools.tokenizers import TOKENIZER_ARGUMENTS, TokenizerError
 
     t = case.recipe.tokenizer
@@ -43,9 +43,9 @@ def tokenizer(case: Case) -> Iterator[Problem]:
         where = error.where if error.where not in case.sources else case.at(error.where)
         yield Problem(error.what, where, error.fix)
         return
-    if t.type != "NullTokenizer" and case.given("tokenizer.vocab_size") and t.vocab_size != built.vocab_size:
+    if t.type != "NullTokenizer" and case.given("tokenizer.vocab_size") and t.vocab_size < built.vocab_size:
         yield Problem(
-            f"the tokenizer's files hold {built.vocab_size} ids, not {t.vocab_size}",
+            f"the tokenizer's files hold {built.vocab_size} ids, more than {t.vocab_size}",
             case.at("tokenizer.vocab_size"),
             "tokenizer.vocab_size=null",
         )
@@ -88,8 +88,8 @@ def parse_blend(value: Any) -> tuple[list[str], list[float] | None]:
     weights, prefixes = numbers[::2], [str(word) for word in words[1::2]]
     if len(words) % 2 or any(weight is None for weight in weights):
         raise BlendError("a blend is weight, prefix, weight, prefix, …")
-    if any(not weight >= 0 or math.isinf(weight) for weight in weights) or sum(weights) == 0:
-        raise BlendError("the weights of a blend are 0 or more, and not all 0")
+    if any(not weight > 0 or math.isinf(weight) for weight in weights):
+        raise BlendError("every weight of a blend is above 0: leave out what is not to be read")
     return prefixes, weights
 
 
@@ -151,12 +151,14 @@ def data(case: Case) -> Iterator[Problem]:
         )
     for key in own or ["data.data_path"]:
         try:
-            prefixes, _ = parse_blend(case.value(key))
+            prefixes, weights = parse_blend(case.value(key))
         except BlendError as error:
             yield Problem(str(error), case.at(key), f"{key}=a_text_document, or {key}=[0.7,a_text_document,0.3,b_text_document]")
             continue
-        for prefix in dict.fromkeys(prefixes):
-            yield from _one_data_set(case, key, prefix, shares)
+        found = [problem for prefix in dict.fromkeys(prefixes) for problem in _one_data_set(case, key, prefix, shares)]
+        yield from found
+        if weights is None and len(prefixes) > 1 and not found:
+            yield from _read_once(case, key, prefixes, shares)
 
 
 def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, float] | None]) -> Iterator[Problem]:
@@ -187,9 +189,45 @@ def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, f
         yield Problem(what, case.at(key if whole else "data.split"), fix)
 
 
-def _holds_tokens(reader: Any, share: tuple[float, float]) -> bool:
+def _read_once(case: Case, key: str, prefixes: list[str], shares: list[tuple[float, float] | None]) -> Iterator[Problem]:
+    """A blend without weights is read once and never again: megatron-core wants a whole sample of each data set and has
+    no more after the last; with weights it begins anew."""
+    from data_tools.indexed import IndexedReader
+
+    names = [key.removeprefix("data.").removesuffix("_data_path")] if len(shares) == 1 else list(SETS)
+    readers = [IndexedReader(prefix) for prefix in prefixes]
+    weighted = ",".join(f"{reader.tokens},{prefix}" for reader, prefix in zip(readers, prefixes))
+    fix = f"give weights, and it is read again and again: {key}=[{weighted}]"
+    for name, share in zip(names, shares):
+        seq_length, needed = case.recipe.training.seq_length, _samples_read(case, name)
+        if share is None or not seq_length or needed is None:
+            continue
+        samples = [max(0, (_tokens(reader, share) - 1) // seq_length) for reader in readers]
+        if 0 in samples:
+            what = f"{prefixes[samples.index(0)]} has no whole sample of {seq_length} tokens for {name}"
+            yield Problem(f"{what}, and a blend without weights wants one of each", case.at(key), fix)
+        elif sum(samples) < needed:
+            what = f"a blend without weights is read once: {sum(samples)} samples for {name}, and {needed} are wanted"
+            yield Problem(what, case.at(key), fix)
+
+
+def _samples_read(case: Case, name: str) -> int | None:
+    """Samples of one of the three sets that the whole run reads; None where sizes are missing, which other checks say."""
+    t, derived = case.recipe.training, case.recipe.derived
+    if derived.train_samples is None or not t.global_batch_size or t.eval_interval < 1:
+        return None
+    evaluations = {"train": 0, "valid": derived.train_iters // t.eval_interval + 1, "test": 1}[name]
+    return evaluations * t.eval_iters * t.global_batch_size if evaluations else derived.train_samples
+
+
+def _tokens(reader: Any, share: tuple[float, float]) -> int:
+    """Tokens of a share, cut where megatron-core cuts."""
     begin, end = (int(round(edge * float(reader.sequences))) for edge in share)
-    return bool(reader.lengths[begin:end].any())
+    return int(reader.lengths[begin:end].sum())
+
+
+def _holds_tokens(reader: Any, share: tuple[float, float]) -> bool:
+    return _tokens(reader, share) > 0
 
 
 def _nearest_split(reader: Any, split: str) -> str:

@@ -105,5 +105,5 @@ def disk(case: Case) -> Iterator[Problem]:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, with three digits."""
-    return f"{size / 2**30:.3g} GiB"
+    """Bytes in GiB, with three digits at least."""
+    return f"{size / 2**30:,.0f} GiB" if size >= 100 * 2**30 else f"{size / 2**30:.3g} GiB"

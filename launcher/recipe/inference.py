@@ -112,16 +112,19 @@ def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
 def _taken(loaded: Loaded, described: bool) -> list[str]:
     """The keys whose values come from the command line or a recipe for generation.
 
-    Of a recipe that trains a model only `generate.*` is taken: the checkpoint knows what it was really trained with.
+    Of a recipe that trains a model only `generate.*` is taken: the checkpoint knows what it was really trained with. One
+    that names the checkpoint itself is for generation; the model in it is for checkpoints that hold no recipe.
     """
     given = {key: source for key, source in loaded.sources.items() if source not in ("default", "derived")}
-    wanted = {key for key, source in given.items() if typed(source)} if describes_model(loaded) else set(given)
+    words = {key for key, source in given.items() if typed(source)}
+    trains = describes_model(loaded) and ("generate.load" not in given or "generate.load" in words)
+    wanted = words if trains else set(given)
     free = {key for key in wanted if key.split(".")[0] in FREE_GROUPS or key in FREE_KEYS}
     faults = []
     for key in sorted(wanted - free):
         if key.startswith("parallel."):
             faults.append(UserError(f"{key} is of training and has no meaning for generation", given[key], "leave it out"))
-        elif not described:
+        elif not described and (key in words or not describes_model(loaded)):
             fix = "leave it out; generate.*, launch.*, training.precision and TP and PP may be given"
             faults.append(UserError(f"{key} is fixed by the checkpoint", given[key], fix))
     raise_all(faults)

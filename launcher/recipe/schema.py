@@ -224,7 +224,7 @@ class Tokenizer:
     merge_file: Optional[str] = None
     """GPT-2's merges.txt."""
     vocab_size: Optional[int] = None
-    """Ids in the data, with NullTokenizer (the end of document is one more); else derived from the files."""
+    """Ids in the data, with NullTokenizer (the end of document is one more); else derived from the files, or room for more."""
     plain_special_tokens: bool = False
     """Ours: read a literal '<|endoftext|>' in the text as ordinary characters, as Megatron-LM's older versions did."""
 

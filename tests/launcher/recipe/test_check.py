@@ -331,11 +331,12 @@ def test_the_other_verbs_have_their_own_checks(problems, workspace):
         "preprocess.output_prefix=null", "preprocess.input=gone.jsonl", "training.global_batch_size=7", verb="preprocess"
     )
     assert [problem.what for problem in found] == ["preprocess.output_prefix is not given", "no such file: gone.jsonl"]
-    (problem,) = problems("generate.top_p=1.5", "training.global_batch_size=7", verb="generate")
+    Path("in.jsonl").write_text("{}\n")
+    (problem,) = problems("generate.input=in.jsonl", "generate.top_p=1.5", "training.global_batch_size=7", verb="generate")
     assert problem.what == "generate.top_p must be at most 1, not 1.5"
     (problem,) = problems("tokenizer.merge_file=x", verb="tokenizer")
     assert problem.what == "tokenizer.merge_file is of no use to NullTokenizer" and "GPT2BPETokenizer" in problem.fix
-    (problem,) = problems("parallel.tensor_model_parallel_size=0", verb="generate")
+    (problem,) = problems("generate.input=in.jsonl", "parallel.tensor_model_parallel_size=0", verb="generate")
     assert problem.what == "parallel.tensor_model_parallel_size must be at least 1, not 0"
 
 

@@ -1,0 +1,79 @@
+"""Which format a checkpoint is in, told from the names of its files: nothing is read but names and sizes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from checkpoints.folder import CheckpointError, newest_checkpoint
+
+_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_FILES = ("model_optim_rng.pt", "model_rng.pt")  # Megatron-LM's and Yuan's; Pai's of 2023 with the distributed optimizer
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on the disk.
+
+    Attributes:
+        path: the folder that holds the weights, such as `.../iter_0001000`.
+        format: torch_dist; torch, one file per rank, which Megatron-LM, Yuan 2.0 and Pai share; hf; mindspore.
+        tensor, pipeline: ranks of `torch` and `mindspore`, 1 elsewhere.
+        size: bytes of all its files.
+    """
+
+    path: Path
+    format: Literal["torch_dist", "torch", "hf", "mindspore"]
+    tensor: int
+    pipeline: int
+    size: int
+
+
+def recognise(path: Path) -> Found:
+    """The checkpoint that `path` means: a folder of weights, or a folder of checkpoints or of a run, of which the newest.
+
+    Raises:
+        CheckpointError: nothing there is a checkpoint, or ranks are missing.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder")
+    if list(path.glob("rank_*/*.ckpt")):
+        return Found(path, "mindspore", _mindspore_ranks(path), 1, _size(path))
+    if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
+        return Found(path, "hf", 1, 1, _size(path))
+    folder = path if _is_whole(path) else newest_checkpoint(path)
+    if (folder / "metadata.json").is_file():
+        return Found(folder, "torch_dist", 1, 1, _size(folder))
+    if not any(_RANK.fullmatch(one.name) for one in folder.iterdir()):
+        raise CheckpointError(f"{folder} is in no known format: neither metadata.json nor mp_rank_* is in it")
+    return Found(folder, "torch", *_grid(folder), _size(folder))
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / "metadata.json").is_file() or any(_RANK.fullmatch(one.name) for one in path.iterdir())
+
+
+def _grid(folder: Path) -> tuple[int, int]:
+    """TP and PP of a folder of mp_rank_TT[_PPP], each of which must hold its weights."""
+    ranks = [match for one in folder.iterdir() if (match := _RANK.fullmatch(one.name))]
+    tensor, pipeline = (1 + max(int(match[group] or 0) for match in ranks) for group in (1, 2))
+    names = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "") for p in range(pipeline) for t in range(tensor)]
+    missing = [name for name in names if not any((folder / name / file).is_file() for file in _FILES)]
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise CheckpointError(f"{folder} has no weights ({' or '.join(_FILES)}) for {shown} of its {len(names)} ranks")
+    return tensor, pipeline
+
+
+def _mindspore_ranks(path: Path) -> int:
+    ranks = [int(match[1]) for one in path.iterdir() if (match := re.fullmatch(r"rank_(\d+)", one.name))]
+    missing = [f"rank_{rank}" for rank in range(max(ranks) + 1) if not list((path / f"rank_{rank}").glob("*.ckpt"))]
+    if missing:
+        raise CheckpointError(f"{path} has no .ckpt for {', '.join(missing[:4])} of its {max(ranks) + 1} ranks")
+    return max(ranks) + 1
+
+
+def _size(path: Path) -> int:
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())

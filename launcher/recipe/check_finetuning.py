@@ -1,0 +1,79 @@
+"""Checks of a fine-tuning: its length, its rows of questions and answers, and the weights that it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoints.folder import has_checkpoints
+from launcher.recipe.check_schedule import LENGTHS
+from launcher.recipe.check_schedule import length as training_length
+from launcher.recipe.problem import Case, Problem
+
+ROWS_READ = 20  # of each file: enough for wrong keys or a wrong format, at no cost
+
+
+def length(case: Case) -> Iterator[Problem]:
+    """epochs, or one of the lengths that pretraining has too."""
+    epochs, given = case.recipe.training.epochs, [key for key in LENGTHS if case.value(key) is not None]
+    if epochs is None and not given:
+        yield Problem("nothing says how long to train", "training", "give training.epochs, or one of " + ", ".join(LENGTHS))
+    elif epochs is None:
+        yield from training_length(case)
+    else:
+        if given:
+            yield Problem(
+                "the length of the training is given twice",
+                case.at("training.epochs", *given),
+                "keep one, such as training.epochs, and set the others to null",
+            )
+        if epochs < 1:
+            yield Problem(f"training.epochs must be at least 1, not {epochs}", case.at("training.epochs"), "training.epochs=1 or more")
+
+
+def rows(case: Case) -> Iterator[Problem]:
+    """The files of data.train and data.valid are there, and their first rows are questions and answers."""
+    d, t = case.recipe.data, case.recipe.training
+    if d.train is None:
+        yield Problem("no training data is given", "data", "data.train=FILE.jsonl, with a question and an answer on each line")
+    if d.data_path is not None:
+        yield Problem(
+            "data.data_path is for pretraining, and fine-tuning reads data.train",
+            case.at("data.data_path"),
+            "data.data_path=null, or take `yuan pretrain`",
+        )
+    if d.valid is None and t.eval_iters and d.train is not None:
+        yield Problem(
+            "there are no validation data, so nothing is evaluated",
+            case.at("data.valid", "training.eval_iters"),
+            "training.eval_iters=0, or data.valid=FILE.jsonl",
+            "warning",
+        )
+    for key in ("data.train", "data.valid"):
+        value = case.value(key)
+        for name in value if isinstance(value, list) else [] if value is None else [value]:
+            yield from _one_file(case, key, name)
+
+
+def _one_file(case: Case, key: str, name: object) -> Iterator[Problem]:
+    from data_tools.errors import InputError
+    from data_tools.rows import check_row, first_rows
+
+    if not isinstance(name, str):
+        yield Problem(f"{key} names a file or a list of files, and {name!r} is neither", case.at(key), f"{key}=FILE.jsonl")
+        return
+    try:
+        for where, row in first_rows(Path(name), ROWS_READ):
+            check_row(where, row)
+    except InputError as error:
+        yield Problem(error.what, f"{error.where}, {case.at(key)}" if error.where else case.at(key), error.fix)
+
+
+def weights(case: Case) -> Iterator[Problem]:
+    """Fine-tuning starts from a checkpoint; whether it is there is `check_checkpoint.load`'s to say."""
+    if case.recipe.checkpoint.load is None and not has_checkpoints(Path(case.recipe.run.dir or "") / "checkpoints"):
+        yield Problem(
+            "fine-tuning starts from trained weights, and none are named",
+            case.at("checkpoint.load"),
+            "checkpoint.load=RUN_OR_CHECKPOINT, or take `yuan pretrain` to start from random ones",
+        )
