@@ -51,7 +51,7 @@ def migrate(
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
-            print(f"written    {target}\nuse it     {f'{one.first} && ' if one.first else ''}yuan {one.verb} recipe={_name(target)}")
+            print(f"written    {target}\nuse it     {one.use}")
     for note in [] if to_stdout else notes:
         print(f"left out   {note}")
 
@@ -60,8 +60,8 @@ def _target(one: Migration, output: Path | None, count: int, dry_run: bool) -> P
     """Where a recipe goes; None is stdout. Its name never hides a recipe that comes with yuan."""
     if (package_folder() / f"{one.name}.yaml").exists():
         one.name += "_migrated"
-    if output and str(output) != "-" and output.suffix in (".yaml", ".yml"):
-        one.name = output.stem
+    if output and output.suffix in (".yaml", ".yml"):
+        one.name = output.stem if output.parent == Path("recipes") else str(output)
     if dry_run or str(output) == "-":
         return None
     if output and count > 1:
@@ -69,7 +69,3 @@ def _target(one: Migration, output: Path | None, count: int, dry_run: bool) -> P
     if output and output.suffix not in (".yaml", ".yml"):
         raise UserError(f"{output} is no name for a recipe", "--output", f"--output {output}.yaml")
     return output or Path("recipes") / f"{one.name}.yaml"
-
-
-def _name(target: Path) -> str:
-    return target.stem if target.parent == Path("recipes") else str(target)

@@ -91,10 +91,14 @@ def _launcher(words: list[str]) -> tuple[list[Line], list[str]]:
         if not equals and name not in WITHOUT_VALUE and words:
             value = words.pop(0)
         given[name] = value
+    alone = given.get("nnodes", "1") in ("1", "1:1")
     lines = [_launch_line(name, value) for name, value in given.items() if name not in MEETING]
+    for line in lines:
+        if alone and line.name in ("--node_rank", "--rdzv_endpoint"):
+            line.became, line.lost, line.note = {}, "", "dropped: there is one machine"
     if MEETING & given.keys():
         meeting = f"{given.get('master_addr', 'localhost')}:{given.get('master_port', '29500')}"
-        if given.get("nnodes", "1") in ("1", "1:1"):
+        if alone:
             note = "dropped: on one machine yuan takes a free port, so that two jobs never meet"
             lines.append(Line("torchrun", "master_addr:port", meeting, note=note))
         else:

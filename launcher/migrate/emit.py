@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import PurePath
 from typing import Any
 
 from launcher.errors import UserError
@@ -24,6 +23,7 @@ DERIVED_ALIKE = {"model.ffn_hidden_size", "model.kv_channels", "training.global_
 SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision", "training.train_tokens", "run.name", "logging.tensorboard",
                   "optimizer.lr_decay_tokens", "optimizer.lr_warmup_tokens", "optimizer.lr_wsd_decay_tokens"}  # fmt: skip
 OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "data.", "tokenizer.", "checkpoint.", "logging.")
+OF_THE_FORK = {"--attention-dropout", *(f"--{key.split('.')[1].replace('_', '-')}" for key in YUAN_FIXED)}  # said otherwise, or fixed
 WIDTH = 110
 
 Words = list[str]
@@ -86,7 +86,7 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
         group, leaf = flag.key.split(".")
         words = _words(flag.key, name, getattr(getattr(recipe, group), leaf), loaded, everything)
         if words:
-            found.setdefault(group, []).append(words)
+            found.setdefault("checkpoint" if group == "run" else group, []).append(words)
     model, training = found.setdefault("model", []), found.setdefault("training", [])
     if not recipe.model.add_bias_linear:
         model.append(["--disable-bias-linear"])
@@ -105,8 +105,7 @@ def _words(key: str, name: str, value: Any, loaded: Loaded, everything: bool) ->
         return []
     if not everything and key not in ALWAYS:
         alike = source == "derived" and (key in DERIVED_ALIKE or _is_whole_decay(key, loaded.recipe))
-        megatrons_default = 2 if key == "data.num_workers" else keys()[key].default
-        if alike or (value == megatrons_default and source in ("default", "derived")) or value == megatrons_default:
+        if alike or value == (2 if key == "data.num_workers" else keys()[key].default):
             return []
     if key == "model.num_query_groups":
         heads = loaded.recipe.model.num_attention_heads
@@ -138,13 +137,11 @@ def _as_yuan(found: dict[str, list[Words]], recipe: Recipe) -> dict[str, list[Wo
             elif words[0] == "--tokenizer-type" and tokenizer.endswith("/tokenizer.model"):
                 words = ["--tokenizer-type", "YuanTokenizer"]
             elif words[0] == "--tokenizer-model" and tokenizer.endswith("/tokenizer.model"):
-                words = ["--tokenizer-model-path", str(PurePath(tokenizer).parent)]
+                words = ["--tokenizer-model-path", tokenizer.removesuffix("/tokenizer.model")]
             elif words[0] == "--pipeline-model-parallel-layout" and stages:
                 words = ["--pipeline-model-parallel-method", "block", "--pipeline-model-parallel-blocks", stages]
-            elif words[0] in ("--norm-epsilon", "--make-vocab-size-divisible-by", "--attention-dropout", "--ffn-hidden-size"):
-                fixed = {f"--{key.split('.')[1].replace('_', '-')}" for key in YUAN_FIXED} | {"--attention-dropout"}
-                if words[0] in fixed or recipe.model.ffn_hidden_size == 4 * (recipe.model.hidden_size or 0):
-                    continue
+            elif words[0] in OF_THE_FORK or (words[0] == "--ffn-hidden-size" and int(words[1]) == 4 * (recipe.model.hidden_size or 0)):
+                continue
             changed.setdefault(group, []).append(words)
     dropout = ["--use-flash-attn", "--flash-attn-drop", _text(recipe.model.attention_dropout), "--attention-dropout", "0"]
     changed["model"] += [["--use-lf-gate"], ["--lf-conv2d-group", "1"], ["--lf-conv2d-num-pad", "1"], dropout]

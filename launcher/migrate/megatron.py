@@ -32,7 +32,7 @@ def pretrain(call: Call, name: str) -> Migration:
     """pretrain_gpt.py or pretrain_yuan.py with its flags."""
     lines = read_flags(call, "pretrain")
     verb = "sft" if any(line.name == "--sft-stage" for line in lines) else "pretrain"
-    title = f"{ {'pretrain': 'Training', 'sft': 'Fine-tuning'}[verb] } as {call.basename} did it"
+    title = f"{'Training' if verb == 'pretrain' else 'Fine-tuning'} as {name} did it"
     return Migration(verb, name, title, f"{call.place}: {len(lines)} flags", call.text, lines, _needs(lines))
 
 
@@ -48,7 +48,7 @@ def serve(call: Call, name: str) -> Migration:
         lines.append(Line("env" if port else "fixed", "PORT", port, became, note=note))
     trap = "the old server answers every machine that reaches it, without a password; yuan's answers this machine alone. "
     lines.append(Line("fixed", "host", "0.0.0.0", trap=trap + "As before: serve.host=0.0.0.0"))
-    title = f"A server as {call.basename} made it"
+    title = f"A server as {name} made it"
     return Migration("serve", name, title, f"{call.place}: {len(lines)} flags", call.text, lines, _needs(lines))
 
 
@@ -75,7 +75,7 @@ def preprocess(call: Call, name: str) -> Migration:
     if gone:
         text = f"{' and '.join(gone)} left preprocess_data.py in 2023: releases since then refuse the command. Not needed here"
         next(line for line in lines if line.name == gone[0]).trap = text
-    title = f"Text to token ids as {call.basename} did it"
+    title = f"Text to token ids as {name} made them"
     return Migration("preprocess", name, title, f"{call.place}: {len(lines)} flags", call.text, lines, _needs(lines))
 
 
@@ -93,7 +93,7 @@ def read_flags(call: Call, verb: str) -> list[Line]:
         except UserError as error:
             faults.append(UserError(error.what, call.place, error.fix))
     raise_all(faults)
-    for rule in (_repeated, _queries, _recompute, _virtual_stages, _yuan, _dropout, _positions, _family, _sequence_parallel, _folders):
+    for rule in RULES:
         rule(lines, verb)
     uses = USES[verb]
     for line in lines:
@@ -341,6 +341,27 @@ def _family(lines: list[Line], verb: str) -> None:
         lines.append(Line("derived", "family", "", {"model.family": family}, note=shape))
 
 
+def _llama_dropout(lines: list[Line], verb: str) -> None:
+    values = _values(lines)
+    if verb != "pretrain" or values.get("model.family") != "llama" or {"model.attention_dropout", "model.hidden_dropout"} & values.keys():
+        return
+    trap = "not given, and so Megatron-LM's 0.1, which the recipe keeps. Llama was trained without: model.attention_dropout=0 "
+    lines.append(Line("default", "dropout", "0.1", trap=trap + "model.hidden_dropout=0", note="kept"))
+
+
+def _schedule(lines: list[Line], verb: str) -> None:
+    """A decay much longer than the training: the rate never falls, and a warm-up fraction is one of the decay."""
+    values = _values(lines)
+    for unit in ("iters", "samples"):
+        decay, train = values.get(f"optimizer.lr_decay_{unit}"), values.get(f"training.train_{unit}")
+        if decay and train and decay >= 2 * train and values.get("optimizer.lr_decay_style") != "constant":
+            line = _find(lines, f"--lr-decay-{unit}")
+            line.trap = f"the decay is {decay / train:.0f} times as long as the training of {train}: the learning rate hardly falls"
+            if fraction := values.get("optimizer.lr_warmup_fraction"):
+                line.trap += f", and the warm-up is {fraction:g} of the decay, {fraction * decay / train:.0%} of the training"
+            line.trap += f". The recipe keeps it; if it was not meant: optimizer.lr_decay_{unit}={train}"
+
+
 def _sequence_parallel(lines: list[Line], verb: str) -> None:
     line, values = _find(lines, "--sequence-parallel"), _values(lines)
     if line and values.get("parallel.tensor_model_parallel_size", 1) == 1:
@@ -364,6 +385,10 @@ def _folders(lines: list[Line], verb: str) -> None:
     elif load and finetune is None and verb == "pretrain":
         trap = "an iteration other than 0 in that checkpoint goes on from there; weights alone: checkpoint.finetune=true"
         load.trap = "" if _find(lines, "--no-load-optim") is None else trap
+
+
+RULES = (_repeated, _queries, _recompute, _virtual_stages, _yuan, _dropout, _positions, _family, _llama_dropout, _schedule,
+         _sequence_parallel, _folders)  # fmt: skip
 
 
 def _needs(lines: list[Line]) -> str:

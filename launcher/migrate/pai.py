@@ -100,7 +100,8 @@ class _Reader:
         self.lines.sort(key=lambda line: (line.place == "fixed", int(line.place) if line.place.isdigit() else 0))
         origin = f"{self.call.basename}: {len(self.words)} arguments in the order of {self.order.release}"
         values = Migration(verb, "x", "", "", "", self.lines).values
-        needs = [f"{values.get('launch.nproc_per_node', 1) * values.get('launch.nnodes', 1)} GPUs"]
+        gpus = values.get("launch.nproc_per_node", 1) * values.get("launch.nnodes", 1)
+        needs = [f"{gpus} GPU{'s' * (gpus > 1)}"]
         needs += [str(values[key]) for key in ("data.data_path", "data.train", "checkpoint.load", "generate.load", "generate.input") if values.get(key)]
         name = f"pai_llama2_{size}_{what}"
         return Migration(verb, name, f"{title} Llama-2 {size.upper()}", origin, self.call.text, self.lines, ", ".join(needs))
@@ -232,7 +233,9 @@ def pretrain(call: Call) -> Migration:
     _length(r, seq if pad == seq else real, share)
     _precision(r)
     _layout(r)
-    r.line("SAVE_INTERVAL", {"checkpoint.save_interval": r.value("SAVE_INTERVAL")})
+    every, steps = r.value("SAVE_INTERVAL"), _tokens(r, "TRAIN_TOKENS") // (batch * seq)
+    note = f"more than the run's {steps} steps: the last alone is saved" if every > steps else ""
+    r.line("SAVE_INTERVAL", {"checkpoint.save_interval": every}, note=note)
     _data(r, json)
     _load(r)
     _budget(r, batch * seq)
@@ -332,7 +335,7 @@ def generate(call: Call) -> Migration:
     r.line("INPUT_SEQ_LEN", note="dropped: the script makes no use of it")
     _precision(r)
     top_k = r.value("TOP_K")
-    r.line("TOP_K", {"generate.top_k": top_k} if top_k != 1 else {"generate.greedy": True}, note="greedy" if top_k == 1 else "")
+    r.line("TOP_K", {"generate.top_k": top_k}, note="greedy" if top_k == 1 else "")
     r.line("OUTPUT_SEQ_LEN", {"generate.max_new_tokens": r.value("OUTPUT_SEQ_LEN")})
     r.line("INPUT_FILE", {"generate.input": r.text("INPUT_FILE")})
     r.line("OUTPUT_FILE", {"generate.output": r.text("OUTPUT_FILE")},
@@ -393,5 +396,5 @@ def deepspeed(call: Call) -> Migration:
     r.fixed("saving", "500", {"checkpoint.save_interval": 500}, trap="the script saves every 500 steps and not at the end: a short run leaves nothing. "
             "yuan always saves the last step")  # fmt: skip
     migration = r.done("sft", "sft_deepspeed", "Fine-tuning of")
-    migration.first = f"yuan convert recipe={migration.name}"
+    migration.first = "convert"
     return migration

@@ -41,7 +41,7 @@ class Migration:
         command: the old command, one string.
         lines: what became of every argument, in their order.
         needs: what must be there to run it.
-        first: a command to run before.
+        first: a verb to run before, with the same recipe; empty where there is none.
     """
 
     verb: str
@@ -55,6 +55,11 @@ class Migration:
 
     def __post_init__(self) -> None:
         self.name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.name).strip("._") or "migrated"
+
+    @property
+    def use(self) -> str:
+        """The command that uses the recipe."""
+        return " && ".join(f"yuan {verb} recipe={self.name}" for verb in (self.first, self.verb) if verb)
 
     @property
     def values(self) -> dict[str, Any]:

@@ -257,6 +257,7 @@ class _Reader:
 
 
 def _assigned(raw: str, variables: Variables) -> str | list[str]:
+    raw = PLACEHOLDER.sub(lambda hit: hit.group().replace(" ", "_"), raw)  # one word, wherever it is used
     if raw.startswith("(") and raw.endswith(")"):
         inner = Script(variables=variables)
         items = [token for one in _statements(raw[1:-1], inner) for token in one.tokens]
@@ -303,7 +304,7 @@ def expand(token: str, variables: Variables, split: bool = True) -> list[str]:
             continue
         else:
             hit = PLACEHOLDER.match(rest) or re.match(r".", rest, re.S)
-            add(hit.group().replace(" ", "_") if len(hit.group()) > 1 else hit.group())
+            add(hit.group() if len(hit.group()) == 1 else hit.group().replace(" ", "_"))
         at += hit.end()
     if current is not None:
         fields.append(current)

@@ -13,9 +13,7 @@ WIDTH = 100
 
 def recipe_text(migration: Migration) -> str:
     """The recipe as YAML: a header that says what it was made from and how to use it, then the keys in the schema's order."""
-    lines = [f"# {migration.title}"]
-    first = f"{migration.first} && " if migration.first else ""
-    lines.append(f"#   {first}yuan {migration.verb} recipe={migration.name}")
+    lines = [f"# {migration.title}", f"#   {migration.use}"]
     lines += _comment("needs: ", migration.needs) if migration.needs else []
     lines += _comment("made by `yuan migrate` from: ", migration.command)
     for line in migration.lost:
@@ -42,7 +40,8 @@ def report(migration: Migration) -> list[str]:
     lines = [migration.origin]
     for place, name, value, became in rows:
         head = f"{place:>{widths[0]}}  {name:<{widths[1]}}  {value:<{widths[2]}}  "
-        lines.append((head + became).rstrip())
+        wrapped = textwrap.wrap(became, 80, break_long_words=False, break_on_hyphens=False)
+        lines += [head + wrapped[0], *(" " * (len(head) + 2) + row for row in wrapped[1:])]
     for line in migration.traps:
         lines += ["", *_wrapped(f"trap: {_title(line)}: {line.trap}")]
     if migration.lost:

@@ -1,0 +1,25 @@
+export WORK_DIR=/mnt/workspace
+cd ${WORK_DIR}/PAI-Megatron-Patch/examples/llama2
+sh run_finetune_megatron_llama.sh  \
+dsw  \
+/root/Megatron-LM-230512  \
+${WORK_DIR}/PAI-Megatron-Patch  \
+7B     \
+1      \
+1e-5   \
+1e-6   \
+2048   \
+80     \
+0      \
+bf16   \
+1      \
+1      \
+sel    \
+true   \
+false  \
+false  \
+${WORK_DIR}/llama2-datasets/wudao_train.json   \
+${WORK_DIR}/llama2-datasets/wudao_valid.json   \
+${WORK_DIR}/llama2-ckpts/llama2-7b-hf-to-megatron-tp1-pp1   \
+2   \
+${WORK_DIR}/output_megatron_llama2/
