@@ -22,6 +22,7 @@ VERBS = {
     "preprocess": "Text to token ids: JSONL into .bin and .idx.",
     "pretrain": "Train from random weights, or resume a run.",
     "generate": "Answer a file of prompts from a checkpoint.",
+    "doctor": "Look this machine over: versions, devices, speed.",
 }
 
 STORY = """\

@@ -1,0 +1,1 @@
+"""What `yuan doctor` finds out: one line per thing, with the mend where something is broken."""
