@@ -48,11 +48,9 @@ def files(case: Case) -> Iterator[Problem]:
 def address(case: Case) -> Iterator[Problem]:
     """serve.host is an address of this machine, and serve.port a free port there."""
     host, port = case.recipe.serve.host, case.recipe.serve.port
-    if not 1 <= port <= 65535:
-        yield Problem(f"serve.port must be from 1 to 65535, not {port}", case.at("serve.port"), "serve.port=8000")
-        return
-    fault = _refusal(host, port)
-    if fault is None:
+    if port > 65535:
+        yield Problem(f"serve.port must be at most 65535, not {port}", case.at("serve.port"), "serve.port=8000")
+    if not 1 <= port <= 65535 or (fault := _refusal(host, port)) is None:
         return
     if isinstance(fault, socket.gaierror) or fault.errno == errno.EADDRNOTAVAIL:
         what, fix = f"{host} is no address of this machine", "serve.host=127.0.0.1, or 0.0.0.0 for every one of its addresses"

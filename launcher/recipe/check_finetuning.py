@@ -20,15 +20,12 @@ def length(case: Case) -> Iterator[Problem]:
         yield Problem("nothing says how long to train", "training", "give training.epochs, or one of " + ", ".join(LENGTHS))
     elif epochs is None:
         yield from training_length(case)
-    else:
-        if given:
-            yield Problem(
-                "the length of the training is given twice",
-                case.at("training.epochs", *given),
-                "keep one, such as training.epochs, and set the others to null",
-            )
-        if epochs < 1:
-            yield Problem(f"training.epochs must be at least 1, not {epochs}", case.at("training.epochs"), "training.epochs=1 or more")
+    elif given:
+        yield Problem(
+            "the length of the training is given twice",
+            case.at("training.epochs", *given),
+            "keep one, such as training.epochs, and set the others to null",
+        )
 
 
 def rows(case: Case) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from launcher.recipe.resolve import resolve
 from launcher.recipe.schema import Recipe
 
 ALTERNATIVES = (
-    ("training.train_iters", "training.train_samples", "training.train_tokens"),
+    ("training.train_iters", "training.train_samples", "training.train_tokens", "training.epochs"),
     ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples", "optimizer.lr_decay_tokens"),
     ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples", "optimizer.lr_warmup_tokens", "optimizer.lr_warmup_fraction"),
     ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_samples", "optimizer.lr_wsd_decay_tokens"),
