@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from typing import Any
@@ -84,7 +85,10 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
     recipe, found = loaded.recipe, {}
     for name, flag in flags().items():
         group, leaf = flag.key.split(".")
-        words = _words(flag.key, name, getattr(getattr(recipe, group), leaf), loaded, everything)
+        value = getattr(getattr(recipe, group), leaf)
+        if flag.key == "training.train_samples" and recipe.training.train_tokens is not None:
+            value = recipe.training.train_tokens // (recipe.training.seq_length or 1)
+        words = _words(flag.key, name, value, loaded, everything)
         if words:
             found.setdefault("checkpoint" if group == "run" else group, []).append(words)
     model, training = found.setdefault("model", []), found.setdefault("training", [])
@@ -92,8 +96,6 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
         model.append(["--disable-bias-linear"])
     if recipe.training.precision != "fp32":
         training.append([f"--{recipe.training.precision}"])
-    if recipe.training.train_tokens is not None:
-        training.append(["--train-samples", str(recipe.training.train_tokens // (recipe.training.seq_length or 1))])
     if recipe.checkpoint.load is None and recipe.run.dir:
         found.setdefault("checkpoint", []).append(["--load", recipe.run.dir])
     return _as_yuan(found, recipe) if recipe.model.family == "yuan2" else found
@@ -108,12 +110,13 @@ def _words(key: str, name: str, value: Any, loaded: Loaded, everything: bool) ->
         if alike or value == (2 if key == "data.num_workers" else keys()[key].default):
             return []
     if key == "model.num_query_groups":
-        heads = loaded.recipe.model.num_attention_heads
-        return [] if value == heads else ["--group-query-attention", name, str(value)]
+        return ["--group-query-attention", name, str(value)]
     if key == "tokenizer.vocab_size" and loaded.recipe.tokenizer.type != "NullTokenizer":
         return []
     if kind_of(key) == "on":
         return [name]
+    if key == "training.exit_duration_in_mins":
+        value = math.ceil(value)
     return [name, *(map(_text, value) if isinstance(value, (list, tuple)) else [_text(value)])]
 
 
@@ -172,6 +175,8 @@ def remarks(loaded: Loaded) -> list[str]:
         if source in ("default", "derived") or key in expressed or not key.startswith(OF_TRAINING):
             continue
         texts.append(f"no flag in Megatron-LM: {key}={getattr(getattr(recipe, group), leaf)}")
+    if recipe.training.exit_duration_in_mins is not None and recipe.training.exit_duration_in_mins % 1:
+        texts.append("Megatron-LM counts whole minutes: training.exit_duration_in_mins is rounded up")
     if recipe.training.train_tokens is not None:
         texts.append(f"training.train_tokens={recipe.training.train_tokens} as samples of {recipe.training.seq_length} tokens")
     return texts

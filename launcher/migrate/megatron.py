@@ -239,11 +239,11 @@ def _queries(lines: list[Line], verb: str) -> None:
         groups.trap = "without --group-query-attention Megatron-LM ignores it, and so it is left out. If it was meant: "
         groups.trap += f"model.num_query_groups={groups.value}"
         groups.became, groups.note = {}, "dropped: --group-query-attention is not given"
-    elif switch and not groups:
+    elif switch and not groups and not _find(lines, "--n-head-kv"):
         switch.note = "Megatron-LM's default of one group"
         switch.became = {"model.num_query_groups": 1}
     elif switch:
-        switch.note = f"with --num-query-groups {groups.value}"
+        switch.note = "its number has a flag of its own"
 
 
 def _recompute(lines: list[Line], verb: str) -> None:
@@ -291,6 +291,8 @@ def _yuan(lines: list[Line], verb: str) -> None:
     data = _find(lines, "--data-path")
     if sft and data:
         sft.note = "yuan sft"
+        sft.trap = "the released *_sft.sh keep pretraining's learning rate and steps, and cut half of the documents at random. The paper "
+        sft.trap += "fine-tuned with optimizer.lr=8e-5 for training.epochs=4 (and training.train_iters=null)"
         prefix = data.value.split()[-1]
         data.became = {"data.train": f"{prefix}.jsonl"}
         data.lost = "yuan sft reads questions and answers as JSON lines, not token ids: give the file that they were made of"

@@ -137,7 +137,7 @@ def _model(r: _Reader) -> None:
     if extra and rows % tp:
         what = f"{VOCABULARY} + {extra} rows of the vocabulary cannot be shared out over {tp} tensor-parallel ranks"
         place, text = r.words["EXTRA_VOCAB_SIZE"]
-        raise UserError(f"argument {place} (EXTRA_VOCAB_SIZE) is {text}: {what}", r.call.place, f"{extra + tp - rows % tp}")
+        raise UserError(f"argument {place} (EXTRA_VOCAB_SIZE) is {text}: {what}", r.call.place, f"such as {extra + tp - rows % tp}")
     trap = ""
     if not extra and r.order.release == OLD:
         trap = "version 0.5 adds a padding token with id 32000, for which an embedding of 32000 rows has none: a look-up out of range. "

@@ -73,6 +73,9 @@ def read(call: Call, orders: list[Order]) -> tuple[Order, dict[str, tuple[int, s
         raise _wrong_count(call, orders)
     best = min(fitting, key=lambda one: len(one.faults(words)))
     faults = best.faults(words)
+    longer = [one for one in orders if len(one.arguments) == len(words) + 1]
+    if faults and any(_missing(one, words) for one in longer):
+        raise _wrong_count(call, longer)  # one argument is missing, and what is left has another release's number
     raise_all([_misfit(call, best, at) for at in faults] + _swapped(call, best, words))
     return best, {name: (at + 1, words[at]) for at, (name, _) in enumerate(best.arguments)}
 
@@ -105,8 +108,7 @@ def _wrong_count(call: Call, orders: list[Order]) -> UserError:
     nearest = min(orders, key=lambda one: abs(len(one.arguments) - len(words)))
     guesses: list[str] = []
     if len(words) == len(nearest.arguments) - 1:
-        for one in orders:
-            guesses += [f"{at + 1} {name}" for at, (name, _) in enumerate(one.arguments) if _fits_without(one, at, words)]
+        guesses = [text for one in orders for text in _missing(one, words)]
         if guesses:
             return UserError(what, call.place, f"the rest fits if this one is missing: {' or '.join(dict.fromkeys(guesses))}")
     elif len(words) == len(nearest.arguments) + 1:
@@ -120,9 +122,14 @@ def _wrong_count(call: Call, orders: list[Order]) -> UserError:
     return UserError(what, call.place, f"the first that does not fit is argument {place + 1}, {name}: {kind.expected}, not {found}")
 
 
-def _fits_without(one: Order, at: int, words: list[str]) -> bool:
-    rest = Order(one.release, one.arguments[:at] + one.arguments[at + 1 :])
-    return len(rest.arguments) == len(words) and not rest.faults(words)
+def _missing(one: Order, words: list[str]) -> list[str]:
+    """The arguments without which the others fit."""
+    found = []
+    for at, (name, _) in enumerate(one.arguments):
+        rest = Order(one.release, one.arguments[:at] + one.arguments[at + 1 :])
+        if len(rest.arguments) == len(words) and not rest.faults(words):
+            found.append(f"{at + 1} {name}")
+    return found
 
 
 def number(text: str) -> Any:

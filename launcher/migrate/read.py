@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def migrate(words: list[str]) -> tuple[list[Migration], list[str]]:
         raise UserError("there is no command", "the command line", "yuan migrate -- sh run_pretrain_megatron_llama.sh dsw …")
     found: list[Migration] = []
     notes: list[str] = []
-    if len(words) == 1 and (re.search(r"\s", words[0]) and not Path(words[0]).exists()):
+    if len(words) == 1 and re.search(r"\s", words[0]) and not os.path.exists(words[0]):
         _script(read_script(words[0]), "command", found, notes, 0)
     else:
         _command(Command([word for word in words if word.strip()], 0, {}), found, notes, 0, "")
@@ -67,7 +68,7 @@ def _command(command: Command, found: list[Migration], notes: list[str], depth: 
     call = take_apart(command)
     name, path = call.basename, Path(call.program)
     if PARTITIONS.fullmatch(name):
-        if path.is_file():
+        if os.path.isfile(path):
             call.variables |= {key: value for key, value in read_script(_text(path)).variables.items() if isinstance(value, str)}
         found.append(convert.yuan(call))
     elif name in POSITIONAL:
@@ -77,9 +78,9 @@ def _command(command: Command, found: list[Migration], notes: list[str], depth: 
             notes.append(f"{call.place}: a shell script started with {command.words[0]}, which cannot run it")
     elif name in WITH_FLAGS:
         found.append(WITH_FLAGS[name](call, script or _shape_name(call)))
-    elif SERVERS.fullmatch(name) and not path.is_file():
+    elif SERVERS.fullmatch(name) and not os.path.isfile(path):
         found.append(megatron.yuan_server(call, SERVERS.fullmatch(name).group(1)))
-    elif depth < DEPTH and path.is_file() and not name.endswith(".py"):
+    elif depth < DEPTH and os.path.isfile(path) and not name.endswith(".py"):
         variables = dict(call.variables)
         _script(read_script(_text(path), dict(variables), call.arguments), path.stem, found, notes, depth + 1)
     elif not command.line:

@@ -23,6 +23,7 @@ ARITHMETIC = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
 }  # fmt: skip
 COMPARE = {"-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-ge": operator.ge, "-lt": operator.lt, "-le": operator.le}
+BLANK = "\ue000"  # a blank inside of `$(date +%s)`, until the words are cut
 
 Variables = dict[str, "str | list[str]"]
 
@@ -253,7 +254,7 @@ class _Reader:
         if words:
             flat = {**variables, **before}
             known = {name: value if isinstance(value, str) else " ".join(value) for name, value in flat.items()}
-            self.script.commands.append(Command(words, statement.line, known))
+            self.script.commands.append(Command([word.replace(BLANK, " ") for word in words], statement.line, known))
 
 
 def _assigned(raw: str, variables: Variables) -> str | list[str]:
@@ -275,17 +276,22 @@ def expand(token: str, variables: Variables, split: bool = True) -> list[str]:
         nonlocal current
         current = (current or "") + text
 
-    def splice(value: str | list[str], quoted: bool) -> None:
+    def flush() -> None:
         nonlocal current
-        parts = value if isinstance(value, list) else [value] if quoted or not split else value.split()
-        if not quoted and split and isinstance(value, str) and value[:1].isspace() and current is not None:
+        if current is not None:
             fields.append(current)
-            current = None
-        for position, part in enumerate(parts):
+        current = None
+
+    def splice(value: str | list[str], quoted: bool) -> None:
+        """Put a variable's value in: quoted as it is, an array's items as fields; unquoted cut at blanks."""
+        for position, part in enumerate(value if isinstance(value, list) else [value]):
             if position:
-                fields.append(current or "")
-                current = None
-            add(part)
+                flush()
+            if quoted or not split:
+                add(part)
+                continue
+            for piece in re.findall(r"[ \t\n]+|[^ \t\n]+", part):
+                flush() if piece.isspace() else add(piece)
 
     while at < len(token):
         rest = token[at:]
@@ -306,8 +312,7 @@ def expand(token: str, variables: Variables, split: bool = True) -> list[str]:
             hit = PLACEHOLDER.match(rest) or re.match(r".", rest, re.S)
             add(hit.group() if len(hit.group()) == 1 else hit.group().replace(" ", "_"))
         at += hit.end()
-    if current is not None:
-        fields.append(current)
+    flush()
     return fields
 
 
@@ -337,9 +342,9 @@ def _variable(text: str) -> str:
 def _value(piece: str, variables: Variables) -> str | list[str]:
     if piece.startswith("$((") and piece.endswith("))"):
         number = _arithmetic(piece[3:-2], variables)
-        return piece if number is None else str(number)
+        return _whole(piece) if number is None else str(number)
     if piece.startswith(("$(", "`")):
-        return piece
+        return _whole(piece)
     inner = piece[2:-1] if piece.startswith("${") else piece[1:]
     if hit := re.fullmatch(rf"({NAME}|\d+)(?::?[-=](.*))?", inner, re.S):
         name, default = hit.groups()
@@ -353,6 +358,11 @@ def _value(piece: str, variables: Variables) -> str | list[str]:
     if inner in "@*" and "@" in variables:
         return variables["@"]
     return "$" + inner  # without braces: OmegaConf would take `${...}` for an expression of its own
+
+
+def _whole(piece: str) -> str:
+    """What is not known stays one word, also where a variable that holds it is cut at blanks."""
+    return re.sub(r"\s", BLANK, piece)
 
 
 def _arithmetic(text: str, variables: Variables) -> int | None:

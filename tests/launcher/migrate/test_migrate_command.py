@@ -1,0 +1,117 @@
+"""`yuan migrate` and `recipes show --as megatron` as one types them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.errors import UserError
+from launcher.recipe import load
+from tests.launcher.migrate.conftest import COMMANDS
+
+SCRIPT = str(COMMANDS / "train_gpt2_345m_1dp1pp_distributed.sh")
+GPT = "torchrun --nproc_per_node 2 pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32"
+
+
+def test_a_recipe_is_written_where_recipe_finds_it_and_never_over_another(yuan, here):
+    report = yuan("migrate", SCRIPT)
+    path = here / "recipes" / "train_gpt2_345m_1dp1pp_distributed.yaml"
+    assert "written    recipes/train_gpt2_345m_1dp1pp_distributed.yaml" in report
+    assert "use it     yuan pretrain recipe=train_gpt2_345m_1dp1pp_distributed" in report
+    assert load(["recipe=train_gpt2_345m_1dp1pp_distributed"]).recipe.derived.data_parallel_size == 4
+    path.write_text("mine: 1\n")
+    with pytest.raises(UserError, match="is there already"):
+        yuan("migrate", SCRIPT)
+    assert path.read_text() == "mine: 1\n"
+    yuan("migrate", "--force", SCRIPT)
+    assert "mine" not in path.read_text()
+
+
+def test_dry_run_and_stdout_write_nothing(yuan, here):
+    assert "num_layers: 24" in yuan("migrate", "--dry-run", SCRIPT)
+    text = yuan("migrate", "--output", "-", SCRIPT)
+    assert yaml.safe_load(text)["model"]["num_layers"] == 24
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("words", [GPT.split(), [GPT], GPT.replace("torchrun", "python3 -m torch.distributed.launch").split(),
+                                   ["bash", "-x", "run.sh"], ["./run.sh"], ["run.sh"], ["CUDA_VISIBLE_DEVICES=0,1", *GPT.split()]])  # fmt: skip
+def test_ways_of_giving_a_command(migrated, here, words):
+    (here / "run.sh").write_text(f"#!/bin/bash\nset -e\nmkdir -p x\n{GPT}\n")
+    values, report = migrated(*words)
+    assert (values["model.num_layers"], values["launch.nproc_per_node"]) == (2, 2)
+    assert ("line 3: `mkdir -p x` is no part of a recipe" in report) == ("run.sh" in words[-1])
+
+
+def test_a_script_takes_arguments_and_calls_others(migrated, here):
+    (here / "outer.sh").write_text("DATA=$1\nexport LAYERS=6\nbash inner.sh $DATA ${2:-/vocab.json}\n")
+    (here / "inner.sh").write_text(f"{GPT} --num-layers $LAYERS --data-path $1 --vocab-file $2\n")
+    values, _ = migrated("bash", "outer.sh", "/data/text")
+    assert (values["model.num_layers"], values["data.data_path"], values["tokenizer.vocab_file"]) == (6, "/data/text", "/vocab.json")
+
+
+def test_several_commands_become_several_recipes(yuan, here):
+    (here / "all.sh").write_text(f"python tools/preprocess_data.py --input a.jsonl --output-prefix a --workers 2\n{GPT}\n")
+    report = yuan("migrate", "all.sh")
+    assert {path.name for path in (here / "recipes").iterdir()} == {"all.yaml", "all_2.yaml"}
+    assert "use it     yuan preprocess recipe=all\n" in report
+    with pytest.raises(UserError, match="2 commands make 2 recipes"):
+        yuan("migrate", "--output", "one.yaml", "all.sh")
+
+
+def test_a_name_never_hides_a_recipe_that_comes_with_yuan(yuan, here):
+    (here / "345m.sh").write_text(GPT)
+    assert "recipes/345m_migrated.yaml" in yuan("migrate", "345m.sh")
+
+
+def test_nothing_is_run(migrated, here):
+    (here / "run.sh").write_text(f"touch ran\nX=$(touch ran2)\n{GPT} --seed $X --save `touch ran3`\n")
+    migrated("run.sh")
+    assert not list(here.glob("ran*"))
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ([], "there is no command"),
+    (["sh", "run_pretrain_megatron_lama.sh", "dsw"], "did you mean run_pretrain_megatron_llama.sh"),
+    (["python", "train.py"], "no command that yuan migrates"),
+    (["echo 1\nls\n"], "no command in it can be migrated; it has echo, ls"),
+    ([f"{GPT} --seed x"], "--seed must be a whole number"),
+    (["--", *GPT.replace(" --num", " 24 --num", 1).split()], "'24' stands before the first flag"),
+])  # fmt: skip
+def test_what_cannot_be_migrated_is_an_error_that_helps(yuan, words, said):
+    with pytest.raises(UserError) as caught:
+        yuan("migrate", *words)
+    assert said in str(caught.value)
+
+
+def test_paths_with_signs_come_through(migrated):
+    values, _ = migrated(*GPT.split(), "--data-path", "/my data/a:b #1/'x'")
+    assert values["data.data_path"] == "/my data/a:b #1/'x'"
+    assert load(["recipe=m.yaml"]).recipe.data.data_path == "/my data/a:b #1/'x'"
+
+
+def test_as_megatron_needs_a_recipe_that_trains(yuan):
+    with pytest.raises(UserError, match="describes no model"):
+        yuan("recipes", "show", "preprocess", "--as", "megatron")
+    with pytest.raises(UserError, match="questions and answers"):
+        yuan("recipes", "show", "llama2_7b_sft", "--as", "megatron")
+    with pytest.raises(UserError, match="'toml'"):
+        yuan("recipes", "show", "345m_1dp", "--as", "toml")
+
+
+def test_as_megatron_says_what_has_no_flag(yuan, here):
+    words = ["345m_1dp", "checkpoint.keep_last=3", "training.exit_duration_in_mins=1.5", "launch.device=cuda"]
+    text = yuan("recipes", "show", *words, "--as", "megatron")
+    assert "# no flag in Megatron-LM: checkpoint.keep_last=3" in text
+    assert "rounded up" in text
+    assert "--exit-duration-in-mins 2" in text
+    everything = yuan("recipes", "show", *words, "--as", "megatron", "--all")
+    assert "--weight-decay 0.1" in text and "--adam-beta1 0.9" in everything and "--adam-beta1" not in text
+
+
+def test_the_documentation_of_every_flag_is_a_key():
+    from launcher.migrate.flags import flags
+    from launcher.recipe.keys import table
+
+    assert {flag.key for flag in flags().values()} <= table().keys()
+    assert Path(SCRIPT).is_file()
