@@ -12,6 +12,7 @@ import typer
 import typer.core
 
 from data_tools.errors import DataError
+from launcher.completion import SHELL_ENV, answer
 from launcher.errors import UserError
 
 VERBS = {
@@ -52,6 +53,7 @@ app = typer.Typer(
     help="One recipe carries a language model from raw text to answers, on Megatron.",
     epilog=STORY,
     no_args_is_help=True,
+    add_completion=False,  # ours, in launcher.completion
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -64,10 +66,33 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+def _install_completion(wanted: bool) -> None:
+    if wanted:
+        from launcher.completion_scripts import install
+
+        print(install())
+        raise typer.Exit()
+
+
+def _show_completion(wanted: bool) -> None:
+    if wanted:
+        from launcher.completion_scripts import script
+
+        print(script(), end="")
+        raise typer.Exit()
+
+
 @app.callback()
 def _options(
     show_version: Annotated[
         Optional[bool], typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions.")
+    ] = None,
+    install_completion: Annotated[
+        Optional[bool],
+        typer.Option("--install-completion", callback=_install_completion, is_eager=True, help="Let this shell complete verbs, recipes and keys."),
+    ] = None,
+    show_completion: Annotated[
+        Optional[bool], typer.Option("--show-completion", callback=_show_completion, is_eager=True, help="Print what that would install.")
     ] = None,
 ) -> None:
     pass
@@ -88,6 +113,9 @@ _register()
 
 def main() -> None:
     """Run `yuan`: exit code 0, 2 for a mistake of the user, 130 for Ctrl-C; a bug of ours shows its traceback."""
+    if SHELL_ENV in os.environ:
+        print(answer(app, sys.argv[1]))
+        return
     try:
         app()
     except UserError as error:
