@@ -87,10 +87,27 @@ def test_every_fault_is_shown_and_nothing_is_started(home):
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(home):
-    code, _, err = yuan(home, "pretrain", "recipe=tiny", "--dry-run")
+    code, out, err = yuan(home, "pretrain", "recipe=tiny", "--dry-run")
     assert code == 0
+    assert "torchrun --nnodes=1 --node-rank=0 --nproc-per-node=2 " in out and "\n# --- runs/tiny/recipe.yaml\nmodel:\n" in out
     assert "model      gpt2: 2 layers, hidden 32, 2 heads, vocabulary 51, 0.0 M parameters\n" in err
     assert not (home / "runs").exists()
+
+
+def test_what_a_dry_run_shows_is_what_runs(home):
+    """Its lines, typed into a shell with the recipe that it shows, are the run."""
+    code, out, err = yuan(home, "pretrain", "recipe=tiny", "run.name=success", "--dry-run")
+    assert code == 0, err
+    commands, recipe = out.split("# --- runs/success/recipe.yaml\n")
+    (home / "runs" / "success").mkdir(parents=True)
+    (home / "runs" / "success" / "recipe.yaml").write_text(recipe)
+    done = subprocess.run(["bash", "-c", commands], capture_output=True, text=True, cwd="/", timeout=60)
+    assert done.stderr == "shown to the user\n" * 2
+    by_hand = [(home / "runs" / "success" / "logs" / f"rank_{rank}.log").read_text().splitlines()[1:] for rank in (0, 1)]
+    assert yuan(home, "pretrain", "recipe=tiny", "run.name=success")[0] == 0
+    for rank in (0, 1):
+        (log,) = (home / "runs" / "success" / "logs").glob(f"rank_{rank}.log")
+        assert log.read_text().splitlines()[len(by_hand[rank]) + 2 :] == by_hand[rank]
 
 
 def test_a_worker_that_dies_gives_exit_code_1(home):
