@@ -20,7 +20,6 @@ EXPECTED = (  # of another machine's, and candid
     "no filtered attention",
     "more checkpoints of",
     "of 430000 steps of decay",  # Megatron-LM's own example of 345M
-    "memory",
 )
 
 
@@ -38,7 +37,8 @@ def test_it_passes_its_own_check_where_its_files_are(name, stand_in):
     stand_in(load(words))
     loaded = load(words)
     problems = check(loaded.recipe, loaded.sources, verb_of(loaded))
-    unexpected = [p for p in problems if p.severity == "error" or not any(words in p.what for words in EXPECTED)]
+    expected = EXPECTED + ("a process needs",) * (loaded.recipe.derived.device == "cpu")  # of this machine's memory
+    unexpected = [p for p in problems if p.severity == "error" or not any(words in p.what for words in expected)]
     assert not unexpected, "\n".join(str(p.as_error()) for p in unexpected)
 
 
