@@ -1,0 +1,45 @@
+"""The recipes through the command line: `yuan check` knows what each is for, and nothing starts Yuan 2.0."""
+
+from importlib.util import find_spec
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli import app
+from launcher.errors import UserError
+from launcher.recipe import load
+
+
+def yuan(*words: str):
+    return CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name, verb", [("llama2_70b_sft", "sft"), ("convert_yuan2_51b_4tp", "convert"), ("generate_llama2_7b", "generate")])
+def test_check_takes_the_verb_from_the_recipe(stand_in, name, verb):
+    stand_in(load([f"recipe={name}"]))
+    result = yuan("check", f"recipe={name}")
+    assert result.exit_code == 0 and f"{name} would run with `yuan {verb}`" in result.stdout
+    assert ("this version of yuan can only check it" in result.stdout) is (find_spec(f"launcher.commands.{verb}") is None)
+
+
+def test_check_for_another_verb_than_the_recipes_own(stand_in):
+    stand_in(load(["recipe=llama2_7b_sft"]))
+    result = yuan("check", "--for", "pretrain", "recipe=llama2_7b_sft")
+    assert result.exit_code == 2 and "nothing says how long to train" in result.stdout and "no training data" in result.stdout
+
+
+def test_pretraining_yuan_is_refused_before_anything_starts(stand_in, tmp_path):
+    words = ["recipe=yuan2_2b", "launch.device=cpu"]
+    stand_in(load(words))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="no filtered attention"):
+        yuan("pretrain", *words)
+    assert set(tmp_path.rglob("*")) == before
+    assert yuan("check", *words).exit_code == 0
+
+
+def test_answering_with_yuan_is_refused_too(stand_in):
+    words = ["recipe=generate_yuan2_2b", "launch.device=cpu"]
+    stand_in(load(words))
+    with pytest.raises(UserError, match="no filtered attention"):
+        yuan("generate", *words)
