@@ -17,7 +17,11 @@ CONVERTER_KINDS = KINDS | {
     "MN": MODELS, "mg2hf": SWITCH, "SOURCE_CKPT_PATH": PATH, "TARGET_CKPT_PATH": PATH, "HG_CKPT_PATH": PATH,
     "MODEL_SIZE": one_of("7B", "8B", "13B", "70B"), "NUM_EXPERTS": COUNT, "EXPERTS_TOPK": COUNT, "EP": COUNT, "NUM_EXPERT_SPLITS": COUNT,
 }  # fmt: skip
-CONVERTER = [order("Pai-Megatron-Patch", "MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP MN EXTRA_VOCAB_SIZE mg2hf", CONVERTER_KINDS)]
+CONVERTER = [
+    order(
+        "Pai-Megatron-Patch", "MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP MN EXTRA_VOCAB_SIZE mg2hf", CONVERTER_KINDS
+    )
+]
 MCORE = "MODEL_SIZE HG_CKPT_PATH MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP EXTRA_VOCAB_SIZE NUM_EXPERTS EXPERTS_TOPK EP "
 MCORE_CONVERTER = [
     order("its documentation", MCORE + "mg2hf", CONVERTER_KINDS),
@@ -71,10 +75,16 @@ def _other(name: str, place: int, value: str, words: dict[str, tuple[int, str]])
     if name == "HG_CKPT_PATH":
         return Line(str(place), name, value, {"convert.hf_config": value.rstrip("/")})
     if name in ("MN", "MODEL_SIZE"):
-        trap = "llama-13b and llama-30b look for shards numbered 00000, which the published folders do not have" if value in ("llama-13b", "llama-30b") else ""
+        trap = (
+            "llama-13b and llama-30b look for shards numbered 00000, which the published folders do not have"
+            if value in ("llama-13b", "llama-30b")
+            else ""
+        )
         return Line(str(place), name, value, note="dropped: the shapes are read from the source", trap=trap)
     if name == "EXTRA_VOCAB_SIZE":
-        lost = "rows for new tokens are not added on the way: a training pads the vocabulary by model.make_vocab_size_divisible_by"
+        lost = (
+            "rows for new tokens are not added on the way: a training pads the vocabulary by model.make_vocab_size_divisible_by"
+        )
         return Line(str(place), name, value, note="" if int(value) else "nothing is added", lost=lost if int(value) else "")
     if name in ("NUM_EXPERTS", "EXPERTS_TOPK", "EP", "NUM_EXPERT_SPLITS"):
         dense = int(words["NUM_EXPERTS"][1]) == 0
@@ -87,10 +97,14 @@ def pai_mcore(call: Call) -> Migration:
     """hf2mcore_convertor.sh: 12 arguments in its documentation, 13 in its repository."""
     used, words = read(call, MCORE_CONVERTER)
     back = words["mg2hf"][1] == "true"
-    lines = [_direction(name, place, value, back) or _other(name, place, value, words) for name, (place, value) in words.items()]
+    lines = [
+        _direction(name, place, value, back) or _other(name, place, value, words) for name, (place, value) in words.items()
+    ]
     found = [line for line in lines if line]
     if used.release == "its documentation":
-        found[-1].trap = "the script takes 13 arguments: with these 12 it always converts from Hugging Face, whatever mg2hf says"
+        found[
+            -1
+        ].trap = "the script takes 13 arguments: with these 12 it always converts from Hugging Face, whatever mg2hf says"
     size = words["MODEL_SIZE"][1]
     if size == "70B":
         line = next(one for one in found if one.name == "MODEL_SIZE")
@@ -115,10 +129,30 @@ def yuan(call: Call) -> Migration:
                         f"{missing[0]}=PATH before the command, or fill it in in the script")  # fmt: skip
     middle = call.variables.get("SAVE_SPLITED_CHECKPOINT_PATH", "")
     lines.append(Line("variable", "SAVE_SPLITED_CHECKPOINT_PATH", middle, note="dropped: there are no files in between"))
-    lines.append(Line("variable", "TOKENIZER_MODEL_PATH", call.variables.get("TOKENIZER_MODEL_PATH", ""), note="dropped: weights have no need of it"))
-    became: dict[str, Any] = {"convert.to": "yuan", "convert.tensor_model_parallel_size": ranks, "convert.pipeline_model_parallel_size": 1}
+    lines.append(
+        Line(
+            "variable",
+            "TOKENIZER_MODEL_PATH",
+            call.variables.get("TOKENIZER_MODEL_PATH", ""),
+            note="dropped: weights have no need of it",
+        )
+    )
+    became: dict[str, Any] = {
+        "convert.to": "yuan",
+        "convert.tensor_model_parallel_size": ranks,
+        "convert.pipeline_model_parallel_size": 1,
+    }
     trap = "the scripts build the model on the way: some 100 GiB of memory, and a GPU. yuan moves one tensor at a time"
-    lines.append(Line("fixed", "layout", f"{stages}pp 1tp", became, f"to 1pp {ranks}tp; yuan serve answers at any layout from convert.to=torch_dist", trap))
+    lines.append(
+        Line(
+            "fixed",
+            "layout",
+            f"{stages}pp 1tp",
+            became,
+            f"to 1pp {ranks}tp; yuan serve answers at any layout from convert.to=torch_dist",
+            trap,
+        )
+    )
     return _migration(call, lines, f"yuan2_{size.lower()}_to_{ranks}tp", f"{call.basename}: its variables",
                       f"Yuan 2.0 {size}, from {stages} stages to {ranks} tensor-parallel ranks")  # fmt: skip
 
@@ -150,13 +184,26 @@ def mindspore(call: Call) -> Migration:
     folder = f"{target or f'../ckpt/llama2_7b/qkv/{width}_llama-2-7b'}/fp16_{width}p{'_qkv' if fused else ''}"
     lines = [_mindspore_line(name, value, fused, folder, width) for name, value in given.items()]
     if not target:
-        lines.append(Line("fixed", "--dst_ckpt_path", "", {"convert.target": folder}, note="the simplified script's own folder"))
+        lines.append(
+            Line("fixed", "--dst_ckpt_path", "", {"convert.target": folder}, note="the simplified script's own folder")
+        )
     layout = {"convert.fused_layout": "concat" if fused else "separate"}
     trap = "undoing the fusion in equal thirds is wrong where there are fewer key/value heads (70B); errors go to ./log while it prints "
     trap += "'Convert finish!'. yuan needs neither NPU nor a compiled model, and stops at a fault"
     became = {"convert.to": "mindspore", "convert.pipeline_model_parallel_size": 1} | layout
-    lines.append(Line("fixed", "layout", "qkv" if fused else "", became, "told by `qkv` in the paths" if fused else "no `qkv` in the paths", trap))
-    return _migration(call, lines, f"mindspore_to_{width}p", f"{call.basename}: {function}", f"Weights for MindSpore on {width} devices")
+    lines.append(
+        Line(
+            "fixed",
+            "layout",
+            "qkv" if fused else "",
+            became,
+            "told by `qkv` in the paths" if fused else "no `qkv` in the paths",
+            trap,
+        )
+    )
+    return _migration(
+        call, lines, f"mindspore_to_{width}p", f"{call.basename}: {function}", f"Weights for MindSpore on {width} devices"
+    )
 
 
 def _options(call: Call) -> dict[str, str]:
@@ -165,7 +212,11 @@ def _options(call: Call) -> dict[str, str]:
         name = words.pop(0)
         name = OPTIONS.get(name, name)
         if name not in OPTIONS.values():
-            raise UserError(f"{name!r} is no option of {call.basename}", call.place, "options: " + ", ".join(f"{a} ({b})" for a, b in OPTIONS.items()))
+            raise UserError(
+                f"{name!r} is no option of {call.basename}",
+                call.place,
+                "options: " + ", ".join(f"{a} ({b})" for a, b in OPTIONS.items()),
+            )
         if not words or words[0] in OPTIONS:
             raise UserError(f"{name} has no value", call.place, f"write {name} VALUE")
         given[name] = words.pop(0)
@@ -186,11 +237,13 @@ def _mindspore_line(name: str, value: str, fused: bool, folder: str, width: str)
         line.lost = "" if ours else f"the precision {value} is missing: fp16, bf16 or fp32"
     elif name == "--function":
         line.note = "source and target say it"
-        line.lost = "" if value != "train_to_infer" else "a training's strategy file is not read: sources are folders with rank_0 and so on"
+        line.lost = (
+            ""
+            if value != "train_to_infer"
+            else "a training's strategy file is not read: sources are folders with rank_0 and so on"
+        )
     elif name == "--pipeline_parallel":
         line.note = "the source's own stages are found out"
     else:
         line.note = "dropped: no model is compiled, so no configuration and no strategy file is needed"
     return line
-
-

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.migrate.flags import flags, kind_of
-from launcher.migrate.megatron import YUAN_FIXED
+from launcher.migrate.together import YUAN_FIXED
 from launcher.recipe.keys import table as keys
 from launcher.recipe.load import Loaded
 from launcher.recipe.pipeline import LayoutError, parse_layout
@@ -24,7 +24,10 @@ DERIVED_ALIKE = {"model.ffn_hidden_size", "model.kv_channels", "training.global_
 SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision", "training.train_tokens", "run.name", "logging.tensorboard",
                   "optimizer.lr_decay_tokens", "optimizer.lr_warmup_tokens", "optimizer.lr_wsd_decay_tokens"}  # fmt: skip
 OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "data.", "tokenizer.", "checkpoint.", "logging.")
-OF_THE_FORK = {"--attention-dropout", *(f"--{key.split('.')[1].replace('_', '-')}" for key in YUAN_FIXED)}  # said otherwise, or fixed
+OF_THE_FORK = {
+    "--attention-dropout",
+    *(f"--{key.split('.')[1].replace('_', '-')}" for key in YUAN_FIXED),
+}  # said otherwise, or fixed
 WIDTH = 110
 
 Words = list[str]
@@ -143,7 +146,9 @@ def _as_yuan(found: dict[str, list[Words]], recipe: Recipe) -> dict[str, list[Wo
                 words = ["--tokenizer-model-path", tokenizer.removesuffix("/tokenizer.model")]
             elif words[0] == "--pipeline-model-parallel-layout" and stages:
                 words = ["--pipeline-model-parallel-method", "block", "--pipeline-model-parallel-blocks", stages]
-            elif words[0] in OF_THE_FORK or (words[0] == "--ffn-hidden-size" and int(words[1]) == 4 * (recipe.model.hidden_size or 0)):
+            elif words[0] in OF_THE_FORK or (
+                words[0] == "--ffn-hidden-size" and int(words[1]) == 4 * (recipe.model.hidden_size or 0)
+            ):
                 continue
             changed.setdefault(group, []).append(words)
     dropout = ["--use-flash-attn", "--flash-attn-drop", _text(recipe.model.attention_dropout), "--attention-dropout", "0"]
@@ -166,7 +171,9 @@ def remarks(loaded: Loaded) -> list[str]:
     recipe, sources = loaded.recipe, loaded.sources
     texts = []
     if recipe.model.family == "yuan2":
-        texts.append("Megatron-LM has no filtered attention: --use-lf-gate and kin are flags of Yuan 2.0's own fork, and so is the script")
+        texts.append(
+            "Megatron-LM has no filtered attention: --use-lf-gate and kin are flags of Yuan 2.0's own fork, and so is the script"
+        )
     if recipe.derived.device == "cpu":
         texts.append("Megatron-LM needs GPUs; this recipe was resolved for a CPU. For GPUs add launch.device=cuda")
     expressed = {flag.key for flag in flags().values()} | SAID_OTHERWISE

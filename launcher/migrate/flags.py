@@ -198,7 +198,13 @@ WITHOUT_KEY = {
     "--patch-tokenizer-type": "give tokenizer.type",
     "--dataset": "pretraining reads .bin and .idx files",
 }
-HARMLESS_VALUES = {"--context-parallel-size": "1", "--lf-conv2d-group": "1", "--fim-rate": "0", "--num-experts": "0", "--optimizer": "adam"}
+HARMLESS_VALUES = {
+    "--context-parallel-size": "1",
+    "--lf-conv2d-group": "1",
+    "--fim-rate": "0",
+    "--num-experts": "0",
+    "--optimizer": "adam",
+}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,19 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.migrate.command import Call
 from launcher.migrate.positional import (
-    COUNT, NUMBER, PATH, RATE, SWITCH, TOKENS, WHOLE, Kind, Order, number, one_of, order, read,
+    COUNT,
+    NUMBER,
+    PATH,
+    RATE,
+    SWITCH,
+    TOKENS,
+    WHOLE,
+    Kind,
+    Order,
+    number,
+    one_of,
+    order,
+    read,
 )  # fmt: skip
 from launcher.migrate.result import Line, Migration
 
@@ -102,7 +114,11 @@ class _Reader:
         values = Migration(verb, "x", "", "", "", self.lines).values
         gpus = values.get("launch.nproc_per_node", 1) * values.get("launch.nnodes", 1)
         needs = [f"{gpus} GPU{'s' * (gpus > 1)}"]
-        needs += [str(values[key]) for key in ("data.data_path", "data.train", "checkpoint.load", "generate.load", "generate.input") if values.get(key)]
+        needs += [
+            str(values[key])
+            for key in ("data.data_path", "data.train", "checkpoint.load", "generate.load", "generate.input")
+            if values.get(key)
+        ]
         name = f"pai_llama2_{size}_{what}"
         return Migration(verb, name, f"{title} Llama-2 {size.upper()}", origin, self.call.text, self.lines, ", ".join(needs))
 
@@ -110,13 +126,17 @@ class _Reader:
 def _machines(r: _Reader) -> int:
     """ENV; the number of GPUs."""
     if r.text("ENV") == "dsw":
-        r.line("ENV", {"launch.nnodes": 1, "launch.nproc_per_node": 8}, note="the script takes 8 GPUs, whatever the machine has")
+        r.line(
+            "ENV", {"launch.nnodes": 1, "launch.nproc_per_node": 8}, note="the script takes 8 GPUs, whatever the machine has"
+        )
         return 8
     known = {name: r.call.variables.get(name, "") for name in ("WORLD_SIZE", "KUBERNETES_CONTAINER_RESOURCE_GPU")}
     nodes, gpus = (int(text) if text.isdigit() else None for text in known.values())
     lost = ""
     if nodes is None or gpus is None:
-        lost = "machines and GPUs come from the cluster's environment (WORLD_SIZE is the number of machines): give launch.nnodes, "
+        lost = (
+            "machines and GPUs come from the cluster's environment (WORLD_SIZE is the number of machines): give launch.nnodes, "
+        )
         lost += "launch.nproc_per_node, launch.node_rank and launch.rdzv_endpoint"
     became = {"launch.nnodes": nodes or 1, "launch.nproc_per_node": gpus or 8}
     if "RANK" in r.call.variables and r.call.variables["RANK"].isdigit():
@@ -137,7 +157,9 @@ def _model(r: _Reader) -> None:
     if extra and rows % tp:
         what = f"{VOCABULARY} + {extra} rows of the vocabulary cannot be shared out over {tp} tensor-parallel ranks"
         place, text = r.words["EXTRA_VOCAB_SIZE"]
-        raise UserError(f"argument {place} (EXTRA_VOCAB_SIZE) is {text}: {what}", r.call.place, f"such as {extra + tp - rows % tp}")
+        raise UserError(
+            f"argument {place} (EXTRA_VOCAB_SIZE) is {text}: {what}", r.call.place, f"such as {extra + tp - rows % tp}"
+        )
     trap = ""
     if not extra and r.order.release == OLD:
         trap = "version 0.5 adds a padding token with id 32000, for which an embedding of 32000 rows has none: a look-up out of range. "
@@ -163,7 +185,11 @@ def _precision(r: _Reader) -> None:
 def _layout(r: _Reader) -> None:
     r.line("TP", {"parallel.tensor_model_parallel_size": r.value("TP")})
     r.line("PP", {"parallel.pipeline_model_parallel_size": r.value("PP")})
-    full = {"parallel.recompute_granularity": "full", "parallel.recompute_method": "uniform", "parallel.recompute_num_layers": 1}
+    full = {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "uniform",
+        "parallel.recompute_num_layers": 1,
+    }
     modes = {"sel": {"parallel.recompute_granularity": "selective"}, "full": full, "none": {}}
     r.line("AC", modes[r.text("AC")], note="" if r.text("AC") != "none" else "nothing is recomputed")
     sharded = r.text("DO") == "true"
@@ -173,7 +199,11 @@ def _layout(r: _Reader) -> None:
     r.line("FL", note="dropped: yuan takes fused attention wherever it can")
     r.line("TE", note="dropped: yuan has one engine, megatron-core's models")
     split = r.text("SP") == "true" and r.value("TP") > 1
-    note = "dropped without a word by the script: with TP 1 there is nothing to split" if r.text("SP") == "true" and not split else ""
+    note = (
+        "dropped without a word by the script: with TP 1 there is nothing to split"
+        if r.text("SP") == "true" and not split
+        else ""
+    )
     r.line("SP", {} if note else {"parallel.sequence_parallel": split}, note=note)
 
 
@@ -200,7 +230,12 @@ def _load(r: _Reader) -> None:
               "tokenizer.tokenizer_model": f"{path}/tokenizer.model"}  # fmt: skip
     trap = "the script always has --no-load-optim --no-load-rng: to go on with a run it starts Adam and the schedule anew. The same "
     trap += "command of yuan goes on with all of it. Files of the script's own format (release/mp_rank_00) want `yuan convert` first"
-    r.line("PRETRAIN_CHECKPOINT_PATH", became, note="weights alone, from step 0; the tokenizer is read from the same folder", trap=trap)
+    r.line(
+        "PRETRAIN_CHECKPOINT_PATH",
+        became,
+        note="weights alone, from step 0; the tokenizer is read from the same folder",
+        trap=trap,
+    )
 
 
 def _output(r: _Reader, what: str) -> None:
@@ -241,8 +276,12 @@ def pretrain(call: Call) -> Migration:
     _budget(r, batch * seq)
     _output(r, "pretrain")
     new = r.order.release == NEW
-    r.fixed("optimizer", "", ADAM | {"optimizer.lr_decay_style": "linear", "model.init_method_std": 0.006, "training.seed": 1234})
-    r.fixed("evaluation", "", {"data.split": "98,2,0", "training.eval_interval": 10000 if new else 100, "training.eval_iters": 10})
+    r.fixed(
+        "optimizer", "", ADAM | {"optimizer.lr_decay_style": "linear", "model.init_method_std": 0.006, "training.seed": 1234}
+    )
+    r.fixed(
+        "evaluation", "", {"data.split": "98,2,0", "training.eval_interval": 10000 if new else 100, "training.eval_iters": 10}
+    )
     r.fixed("logging", "", {"logging.log_interval": 1})
     return r.done("pretrain", "pretrain", "Continued pretraining of")
 
@@ -251,7 +290,11 @@ def _data(r: _Reader, json: bool) -> None:
     words = [word for word in r.text("DATASET_PATH").split(",") if word]
     if json:
         prefix = re.sub(r"\.jsonl?$", "", words[-1])
-        became = {"preprocess.input": words[-1], "preprocess.output_prefix": prefix, "data.data_path": f"{prefix}_text_document"}
+        became = {
+            "preprocess.input": words[-1],
+            "preprocess.output_prefix": prefix,
+            "data.data_path": f"{prefix}_text_document",
+        }
         r.line("DATASET_PATH", became, lost="text is made into token ids first: `yuan preprocess` with this recipe, from JSON lines "
                "whose key preprocess.json_keys names; the script joined `instruction` and `input` by a template of its own")  # fmt: skip
     elif len(words) == 1:
@@ -297,7 +340,9 @@ def finetune(call: Call) -> Migration:
     r.line("BATCH_SIZE", batch, note=note)
     r.line("LR", {"optimizer.lr": r.value("LR")})
     r.line("MIN_LR", {"optimizer.min_lr": r.value("MIN_LR")})
-    template = "; its template alone takes some 40, and a sample whose answer falls off gives NaN" if r.value("PAD_LEN") < 256 else ""
+    template = (
+        "; its template alone takes some 40, and a sample whose answer falls off gives NaN" if r.value("PAD_LEN") < 256 else ""
+    )
     _length(r, r.value("SEQ_LEN") if r.value("PAD_LEN") == r.value("SEQ_LEN") else r.value("PAD_LEN") - 1, template)
     _precision(r)
     _layout(r)
@@ -358,7 +403,11 @@ def _checked_sampling(r: _Reader) -> None:
         raise UserError(f"argument {r.words['TEMPERATURE'][0]} (TEMPERATURE) is 0, by which the script divides", r.call.place,
                         "1.0; for the likeliest token always: TOP_K 1")  # fmt: skip
     if r.text("INPUT_FILE") == "none":
-        raise UserError(f"argument {r.words['INPUT_FILE'][0]} (INPUT_FILE) is none, with which the script does nothing", r.call.place, "a file of prompts")
+        raise UserError(
+            f"argument {r.words['INPUT_FILE'][0]} (INPUT_FILE) is none, with which the script does nothing",
+            r.call.place,
+            "a file of prompts",
+        )
 
 
 def deepspeed(call: Call) -> Migration:
@@ -368,7 +417,9 @@ def deepspeed(call: Call) -> Migration:
     _model(r)
     batch = r.value("BATCH_SIZE") * r.value("GA_STEPS") * gpus
     r.line("BATCH_SIZE", {"training.micro_batch_size": r.value("BATCH_SIZE")})
-    r.line("GA_STEPS", {"training.global_batch_size": batch}, note=f"{r.text('BATCH_SIZE')} x {r.text('GA_STEPS')} x {gpus} GPUs")
+    r.line(
+        "GA_STEPS", {"training.global_batch_size": batch}, note=f"{r.text('BATCH_SIZE')} x {r.text('GA_STEPS')} x {gpus} GPUs"
+    )
     r.line("LR", {"optimizer.lr": r.value("LR")})
     seq = r.value("SEQ_LEN")
     r.line("SEQ_LEN", {"training.seq_length": seq, "model.max_position_embeddings": max(4096, seq)})
@@ -378,7 +429,11 @@ def deepspeed(call: Call) -> Migration:
     more = ": more memory per GPU; where it does not fit, parallel.tensor_model_parallel_size=2 or more"
     lost = stages[r.text("ZERO")]
     r.line("ZERO", {"parallel.use_distributed_optimizer": True}, note="ZeRO-1", lost=lost + more if lost else "")
-    full = {"parallel.recompute_granularity": "full", "parallel.recompute_method": "uniform", "parallel.recompute_num_layers": 1}
+    full = {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "uniform",
+        "parallel.recompute_num_layers": 1,
+    }
     r.line("GC", full if r.text("GC") == "true" else {})
     r.line("FLASH", note="dropped: yuan takes fused attention wherever it can", trap="" if r.text_or("FLASH") != "false" else
            "the script takes any word for true: `false` turned flash attention on")  # fmt: skip

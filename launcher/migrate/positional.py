@@ -84,7 +84,10 @@ def _misfit(call: Call, best: Order, at: int) -> UserError:
     name, kind = best.arguments[at]
     word = call.arguments[at]
     fix = f"argument {at + 1} in the order of {best.release} is {name}: {kind.expected}"
-    if place := next((i for i, (_, other) in enumerate(best.arguments) if i in best.faults(call.arguments) and i != at and other.fits(word)), None):
+    if place := next(
+        (i for i, (_, other) in enumerate(best.arguments) if i in best.faults(call.arguments) and i != at and other.fits(word)),
+        None,
+    ):
         fix += f"; the value fits argument {place + 1}, {best.arguments[place][0]}"
     return UserError(f"argument {at + 1} ({name}) is {word!r}, and must be {kind.expected}", call.place, fix)
 
@@ -119,7 +122,9 @@ def _wrong_count(call: Call, orders: list[Order]) -> UserError:
     place = faults[0] if faults else min(len(words), len(nearest.arguments) - 1)
     name, kind = nearest.arguments[place]
     found = repr(words[place]) if place < len(words) else "nothing"
-    return UserError(what, call.place, f"the first that does not fit is argument {place + 1}, {name}: {kind.expected}, not {found}")
+    return UserError(
+        what, call.place, f"the first that does not fit is argument {place + 1}, {name}: {kind.expected}, not {found}"
+    )
 
 
 def _missing(one: Order, words: list[str]) -> list[str]:

@@ -69,7 +69,9 @@ def _command(command: Command, found: list[Migration], notes: list[str], depth: 
     name, path = call.basename, Path(call.program)
     if PARTITIONS.fullmatch(name):
         if os.path.isfile(path):
-            call.variables |= {key: value for key, value in read_script(_text(path)).variables.items() if isinstance(value, str)}
+            call.variables |= {
+                key: value for key, value in read_script(_text(path)).variables.items() if isinstance(value, str)
+            }
         found.append(convert.yuan(call))
     elif name in POSITIONAL:
         call.arguments = [word for word in call.arguments if word != "&"]

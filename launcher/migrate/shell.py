@@ -6,27 +6,26 @@ continuation, `if` on strings and numbers. Anything else is noted with its line.
 
 from __future__ import annotations
 
-import ast
 import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+from launcher.migrate.expand import BLANK, NAME, PLACEHOLDER, Variables, closing, expand
+
 ASSIGNMENT = re.compile(rf"({NAME})(\+?)=(.*)", re.S)
-PLACEHOLDER = re.compile(r"<[A-Za-z](?:[^<>\n|&;]*[^<>\n|&;\s])?>")  # `DATA_PATH=<Specify path>`, as examples have it
 REDIRECT = re.compile(r"(?:\d*|&)(?:>>|>&|>|<)(?:&?\d)?")
 PROMPT = re.compile(r"^(?:\([\w.-]+\)\s*)?[\w.-]+@[\w.-]+:[^\s#$]*\s*[#$]\s+", re.M)
 OPENERS = {"for": "done", "while": "done", "until": "done", "case": "esac", "select": "done", "{": "}", "function": "}"}
 DECLARE = {"export", "local", "readonly", "declare", "typeset"}
-ARITHMETIC = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-}  # fmt: skip
-COMPARE = {"-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-ge": operator.ge, "-lt": operator.lt, "-le": operator.le}
-BLANK = "\ue000"  # a blank inside of `$(date +%s)`, until the words are cut
-
-Variables = dict[str, "str | list[str]"]
-
+COMPARE = {
+    "-eq": operator.eq,
+    "-ne": operator.ne,
+    "-gt": operator.gt,
+    "-ge": operator.ge,
+    "-lt": operator.lt,
+    "-le": operator.le,
+}
 
 @dataclass(frozen=True)
 class Command:
@@ -117,29 +116,15 @@ def _token_end(text: str, at: int) -> int:
                 return at
             at += hit.end()
         elif rest.startswith("$("):
-            at = _closing(text, at + 1)
+            at = closing(text, at + 1)
         elif rest[0] == "(" and re.fullmatch(rf"{NAME}\+?=", text[start:at]):
-            at = _closing(text, at)
+            at = closing(text, at)
         elif rest[0] in " \t\n;&|<>" or (rest[0] in "()" and at > start):
             return at
         else:
             at += 1
             if rest[0] in "()":
                 return at
-    return at
-
-
-def _closing(text: str, at: int) -> int:
-    """Behind the bracket that closes the one at `at`; comments and quotes inside do not count."""
-    depth = 0
-    while at < len(text):
-        if hit := re.match(r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\\.|(?<=\s)#[^\n]*", text[at:], re.S):
-            at += hit.end()
-            continue
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
-        at += 1
-        if depth == 0:
-            break
     return at
 
 
@@ -264,121 +249,3 @@ def _assigned(raw: str, variables: Variables) -> str | list[str]:
         items = [token for one in _statements(raw[1:-1], inner) for token in one.tokens]
         return [word for token in items for word in expand(token, variables)]
     return " ".join(expand(f'"{raw}"' if not re.search(r"[\"'`\\]", raw) else raw, variables, split=False))
-
-
-def expand(token: str, variables: Variables, split: bool = True) -> list[str]:
-    """The words that a token with its quotes and variables stands for; unquoted variables are cut at blanks."""
-    fields: list[str] = []
-    current: str | None = None
-    at = 0
-
-    def add(text: str) -> None:
-        nonlocal current
-        current = (current or "") + text
-
-    def flush() -> None:
-        nonlocal current
-        if current is not None:
-            fields.append(current)
-        current = None
-
-    def splice(value: str | list[str], quoted: bool) -> None:
-        """Put a variable's value in: quoted as it is, an array's items as fields; unquoted cut at blanks."""
-        for position, part in enumerate(value if isinstance(value, list) else [value]):
-            if position:
-                flush()
-            if quoted or not split:
-                add(part)
-                continue
-            for piece in re.findall(r"[ \t\n]+|[^ \t\n]+", part):
-                flush() if piece.isspace() else add(piece)
-
-    while at < len(token):
-        rest = token[at:]
-        if hit := re.match(r"'([^']*)'", rest):
-            add(hit.group(1))
-        elif hit := re.match(r'"((?:\\.|[^"\\])*)"', rest, re.S):
-            add("")
-            inner = re.sub(r"\\\n", "", hit.group(1))
-            for kind, text in _pieces(inner):
-                splice(_value(text, variables), True) if kind else add(re.sub(r'\\([$`"\\])', r"\1", text))
-        elif hit := re.match(r"\\(.?)", rest, re.S):
-            add("" if hit.group(1) == "\n" else hit.group(1))
-        elif piece := _variable(rest):
-            splice(_value(piece, variables), False)
-            at += len(piece)
-            continue
-        else:
-            hit = PLACEHOLDER.match(rest) or re.match(r".", rest, re.S)
-            add(hit.group() if len(hit.group()) == 1 else hit.group().replace(" ", "_"))
-        at += hit.end()
-    flush()
-    return fields
-
-
-def _pieces(text: str) -> Iterator[tuple[bool, str]]:
-    """Plain text (False) and variables (True) in turn."""
-    at = begin = 0
-    while at < len(text):
-        if text[at] == "\\":
-            at += 2
-        elif piece := _variable(text[at:]):
-            yield False, text[begin:at]
-            yield True, piece
-            at = begin = at + len(piece)
-        else:
-            at += 1
-    yield False, text[begin:]
-
-
-def _variable(text: str) -> str:
-    """The variable, arithmetic or command substitution that `text` begins with; empty where there is none."""
-    if text.startswith("$("):
-        return text[: _closing(text, 1)]
-    hit = re.match(rf"\$\{{[^}}]*\}}|\${NAME}|\$[0-9@*#?$!-]|`[^`]*`", text)
-    return hit.group() if hit else ""
-
-
-def _value(piece: str, variables: Variables) -> str | list[str]:
-    if piece.startswith("$((") and piece.endswith("))"):
-        number = _arithmetic(piece[3:-2], variables)
-        return _whole(piece) if number is None else str(number)
-    if piece.startswith(("$(", "`")):
-        return _whole(piece)
-    inner = piece[2:-1] if piece.startswith("${") else piece[1:]
-    if hit := re.fullmatch(rf"({NAME}|\d+)(?::?[-=](.*))?", inner, re.S):
-        name, default = hit.groups()
-        value = variables.get(name)
-        if default is not None and not value:
-            return " ".join(expand(f'"{default}"', variables))
-        return f"${name}" if value is None else value if isinstance(value, str) else (value or [""])[0]
-    if hit := re.fullmatch(rf"({NAME})\[[@*]\]", inner):
-        value = variables.get(hit.group(1), f"${hit.group(1)}")
-        return value if isinstance(value, list) else [value]
-    if inner in "@*" and "@" in variables:
-        return variables["@"]
-    return "$" + inner  # without braces: OmegaConf would take `${...}` for an expression of its own
-
-
-def _whole(piece: str) -> str:
-    """What is not known stays one word, also where a variable that holds it is cut at blanks."""
-    return re.sub(r"\s", BLANK, piece)
-
-
-def _arithmetic(text: str, variables: Variables) -> int | None:
-    """Whole numbers with + - * / % and brackets; None where there is more to it."""
-    filled = re.sub(rf"\$\{{({NAME})\}}|\$?({NAME})", lambda hit: str(variables.get(hit.group(1) or hit.group(2), "?")), text)
-
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-            return ARITHMETIC[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        raise ValueError(text)
-
-    try:
-        return value(ast.parse(filled.strip().replace("/", "//"), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError):
-        return None
