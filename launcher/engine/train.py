@@ -105,6 +105,7 @@ def evaluate(recipe: Recipe, state: TrainState, batches: list, stop) -> float | 
             stopped = agreed(stop.requested is not None)
             if stopped:
                 break
+            stop.watchdog.step()
             totals += run_microbatches(recipe, state.chunks, batches, count, forward_only=True)
     for chunk in state.chunks:
         chunk.train()
@@ -169,6 +170,7 @@ class Trainer:
         self.window.losses.append(loss)
         self.window.updated.append(updated)
         self.window.steps += 1
+        self.stop.watchdog.step()
         self.window.tokens += microbatches.get_current_global_batch_size() * recipe.training.seq_length
         if state.iteration % recipe.logging.log_interval == 0 or state.iteration == 1 or self._complete():
             self._log(grad_norm)
@@ -240,6 +242,7 @@ class Trainer:
         if self.saved_at != self.state.iteration:
             started = time.perf_counter()
             self._settle()
+            self.stop.watchdog.rest()
             self.save(self.state)
             self.saved_at = self.state.iteration
             self.window.start += time.perf_counter() - started

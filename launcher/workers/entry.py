@@ -2,8 +2,8 @@
 
 A worker gets the path of the frozen recipe as its one argument, and its place from torchrun's environment variables
 (RANK, WORLD_SIZE, ...): `torchrun --nproc-per-node 2 launcher/workers/pretrain.py runs/x/recipe.yaml` works as well.
-Only the standard library is imported before the signal handlers stand: importing torch takes 3 s, and a Ctrl-C then
-would leave a traceback.
+Nothing but the standard library is imported before the signal handlers stand: importing torch takes 3 s, and a Ctrl-C
+then would leave a traceback.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from launcher.workers.watchdog import Watchdog
+
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.run.folder import RunFolder
@@ -36,10 +38,12 @@ class Stop:
     Attributes:
         requested: name of the signal ("SIGTERM", "SIGINT"), None as long as nobody asked. Ranks may see it at
             different steps: agree on it over all ranks before acting on it.
+        watchdog: to be told of every step.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.watchdog = Watchdog(self._hangs)
         self._time = 0.0
         self._pid = os.getpid()
 
@@ -56,6 +60,11 @@ class Stop:
         if self.requested is None:
             self._time = time.monotonic()
             self.requested = signal.Signals(number).name
+
+    @staticmethod
+    def _hangs(text: str) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine; every rank has its stack in its log
+            print(f"\n{text}: where each rank stands is in logs/rank_*.log of the run", file=terminal(), flush=True)
 
 
 def terminal() -> TextIO:

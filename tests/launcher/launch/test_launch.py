@@ -206,6 +206,20 @@ def test_a_users_mistake_is_not_tried_again(tmp_path):
     assert (tmp_path / "logs" / "rank_0.log").read_text().count("rank 0 of 2, pid") == 1
 
 
+def test_a_hang_shows_where_every_rank_stands(tmp_path):
+    code, err = run(tmp_path, "hangs")
+    assert code == 0
+    assert err.split(" s, usually 0.0")[0] == "\nno step for 1" and err.count("no step") == 1
+    assert err.endswith(" s: where each rank stands is in logs/rank_*.log of the run\n")
+    for rank in (0, 1):
+        log = (tmp_path / "logs" / f"rank_{rank}.log").read_text()
+        assert log.count("no step for 1 s, usually 0.0") == 1 and "in seventh_step\n" in log
+
+
+def test_a_rest_is_no_hang(tmp_path):
+    assert run(tmp_path, "rests") == (0, "")
+
+
 def test_no_child_of_a_rank_is_left_behind(tmp_path):
     assert run(tmp_path, "leaves_a_child")[0] == 1
     assert gone(int((tmp_path / "child_0").read_text()))

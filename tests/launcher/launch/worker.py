@@ -119,6 +119,32 @@ def stops_together(folder, stop):
     (folder.path / "stop").touch()
 
 
+def hangs(folder, stop):
+    """Steps of 10 ms; then rank 1 never ends its seventh, and rank 0 waits for it."""
+    from launcher.workers import watchdog
+
+    watchdog.LEAST_S = 1.0
+    for _ in range(6):
+        time.sleep(0.01)
+        stop.watchdog.step()
+    seventh_step(folder)
+
+
+def seventh_step(folder):
+    while "seventh_step" not in "".join(folder.rank_log(rank).read_text() for rank in (0, 1) if rank != RANK):
+        time.sleep(0.02)
+    time.sleep(3)  # once told is enough
+
+
+def rests(folder, stop):
+    from launcher.workers import watchdog
+
+    watchdog.LEAST_S = 0.2
+    stop.watchdog.step()
+    stop.watchdog.rest()
+    time.sleep(2)
+
+
 def fails_once(folder, stop):
     if not (folder.path / f"failed_{RANK}").exists():
         (folder.path / f"failed_{RANK}").touch()
