@@ -18,6 +18,7 @@ from launcher.errors import UserError
 VERBS = {
     "recipes": "List, show and copy recipes; explain every key.",
     "check": "Say whether a recipe would run here.",
+    "plan": "Find the layouts that fit on so many GPUs, the fastest first.",
     "migrate": "Turn an old command line or script into a recipe.",
     "tokenizer": "Train a tokenizer, or look at one.",
     "preprocess": "Text to token ids: JSONL into .bin and .idx.",

@@ -12,7 +12,10 @@ from launcher.errors import UserError
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import CHECKS
 from launcher.recipe.check import check as find_problems
+from launcher.recipe.check_memory import reckonable
 from launcher.recipe.check_run import going_on
+from launcher.recipe.estimate.report import estimate
+from launcher.recipe.problem import Case
 from launcher.recipe.size import parameters
 from launcher.recipe.verb import verb_of
 
@@ -55,6 +58,8 @@ def check(
         print(f"{problem.severity}: {problem.as_error()}")
     errors = sum(problem.severity == "error" for problem in problems)
     if errors:
+        if verb in ("pretrain", "sft") and reckonable(Case(loaded.recipe, loaded.sources)):
+            print("\n" + "\n".join(aligned(estimate(loaded.recipe))))  # what it takes is known without the data
         print(f"\n{loaded.name} would not run: {errors} error{'s' * (errors > 1)}")
         sys.exit(2)
     print(("\n" if problems else "") + f"{loaded.name} would run" + ("" if verb == "pretrain" else f" with `yuan {verb}`"))
@@ -76,5 +81,11 @@ def summary(loaded: Loaded) -> list[str]:
         "length": f"{d.train_iters:,} steps = {d.train_samples:,} samples = {tokens:,} tokens",
         "vocabulary": f"{d.vocab_size:,} ids, padded to {d.padded_vocab_size:,}",
         "run folder": str(r.run.dir),
+        **estimate(r),
     }
-    return [f"  {name:<11} {text}" for name, text in lines.items()]
+    return aligned(lines)
+
+
+def aligned(lines: dict[str, str]) -> list[str]:
+    """Names and their texts, one below the other; further lines of a text stand under its first."""
+    return [f"  {name:<11} " + text.replace("\n", "\n" + " " * 14) for name, text in lines.items()]

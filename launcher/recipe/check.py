@@ -10,6 +10,7 @@ from launcher.recipe import (
     check_data,
     check_finetuning,
     check_layout,
+    check_memory,
     check_model,
     check_run,
     check_schedule,
@@ -43,6 +44,7 @@ _TRAINING: tuple[Check, ...] = (
     check_checkpoint.load,
     check_run.folder,
     check_run.disk,
+    check_memory.memory,
 )
 _ANSWERING: tuple[Check, ...] = (
     check_model.ranges,

@@ -117,9 +117,13 @@ def _vocabulary(recipe: Recipe, fill) -> None:
     fill("derived.vocab_size", built)
     if recipe.tokenizer.type != "NullTokenizer":
         fill("tokenizer.vocab_size", recipe.derived.vocab_size)
+    fill("derived.padded_vocab_size", padded_vocabulary(recipe))
+
+
+def padded_vocabulary(recipe: Recipe) -> int | None:
+    """Rows of the embedding: the vocabulary, up to a whole number of parts for every tensor-parallel rank."""
     divisor = recipe.model.make_vocab_size_divisible_by * recipe.parallel.tensor_model_parallel_size
-    if recipe.derived.vocab_size and divisor > 0:
-        fill("derived.padded_vocab_size", -(-recipe.derived.vocab_size // divisor) * divisor)
+    return -(-recipe.derived.vocab_size // divisor) * divisor if recipe.derived.vocab_size and divisor > 0 else None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int | None:

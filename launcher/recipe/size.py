@@ -42,7 +42,7 @@ def layer_parameters(recipe: Recipe) -> tuple[int, int]:
     elif m.add_qkv_bias:
         shared += qkv
     if m.family == "yuan2":  # the filter: two convolutions over two tokens, h to h/2 to h, with biases, and a norm
-        whole += 2 * w.hidden**2 + w.hidden // 2 + w.hidden + norm(recipe)
+        whole += filter_products(recipe) + w.hidden // 2 + w.hidden + norm(recipe)
     return shared, whole
 
 
@@ -76,5 +76,9 @@ def layer_products(recipe: Recipe) -> int:
     w = widths(recipe)
     matrices = w.hidden * (2 * w.query + 2 * w.key + w.up + w.ffn)
     scores = w.query * recipe.training.seq_length  # QK^T and PV over s / 2 keys on average
-    filtered = 2 * w.hidden**2 if recipe.model.family == "yuan2" else 0
-    return matrices + scores + filtered
+    return matrices + scores + filter_products(recipe)
+
+
+def filter_products(recipe: Recipe) -> int:
+    """Of these the filter's, which every tensor-parallel rank makes whole."""
+    return 2 * recipe.model.hidden_size**2 if recipe.model.family == "yuan2" else 0

@@ -1,0 +1,194 @@
+"""Peak memory of every pipeline stage's ranks, part by part, of a training step and of saving a checkpoint.
+
+Which moment is the fullest depends on the shapes, so each is reckoned and the fullest counts:
+
+    loss      the last stage has its logits, and all that its forward passes kept
+    layer     the first layer of the backward pass makes its gradients; with recomputation its activations come anew
+    end       the gradient of the vocabulary's table is whole, the activations are gone
+    update    the optimizer; in fp16 it makes fp32 copies of the gradients
+    save      on a CPU: what a checkpoint is written from; data-parallel rank 0 gathers the distributed optimizer's state
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.recipe.estimate import activations
+from launcher.recipe.estimate.activations import BYTES, STATISTIC, tokens
+from launcher.recipe.estimate.stages import Chunk, chunks, in_flight
+from launcher.recipe.schema import Recipe
+from launcher.recipe.size import layer_parameters, norm, position_table, vocabulary_table, widths
+
+GIB = 2**30
+BAND = 0.10  # what the estimate may be off by, either way (tests/benchmarks/README.md)
+# Of a process without a model. CPU: resident after the imports, measured. GPU: the CUDA context, cuBLAS's workspace and
+# NCCL's buffers, which no allocator of torch counts.
+BASE = {"cpu": int(0.40 * GIB), "cuda": int(1.5 * GIB)}
+PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "base")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment.
+
+    Attributes:
+        gradients: the buffer that the data-parallel ranks reduce.
+        optimizer: Adam's moments, and in 16 bits the fp32 weights.
+        activations: of all micro-batches in flight.
+        workspace: the logits and their loss, a layer's gradients, recomputed activations, a checkpoint's gathered state.
+        base: of a process without a model.
+        saving: the fullest moment is that of writing a checkpoint.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    base: int
+    saving: bool
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part) for part in PARTS)
+
+
+def stage_memory(recipe: Recipe, saves: bool = True) -> list[Memory]:
+    """The memory of a rank on each pipeline stage. Data-parallel rank 0 `saves`, and is the fullest of its group."""
+    return [_rank(recipe, number, stage, saves) for number, stage in enumerate(chunks(recipe))]
+
+
+def stage_parameters(recipe: Recipe, stage: list[Chunk]) -> int:
+    """Trainable numbers that one rank of a stage holds."""
+    tp = recipe.parallel.tensor_model_parallel_size
+    shared, whole = layer_parameters(recipe)
+    count = sum(chunk.layers for chunk in stage) * (shared // tp + whole)
+    if stage[0].embedding:
+        count += vocabulary_table(recipe) // tp + position_table(recipe)
+    if stage[-1].output:
+        # tied, the last of several stages has a copy of the table; the first of one stage has it already
+        own_table = recipe.model.untie_embeddings_and_output_weights or not stage[0].embedding
+        count += norm(recipe) + (vocabulary_table(recipe) // tp if own_table else 0)
+    return count
+
+
+def bytes_per_parameter(recipe: Recipe) -> tuple[float, float, float]:
+    """Bytes of weight, gradient and optimizer state for each number that a rank holds.
+
+    Megatron's 18, or 6 + 12 / DP with the distributed optimizer, are bf16: its gradients are reduced in fp32.
+    """
+    precision = recipe.training.precision
+    share = recipe.derived.data_parallel_size if recipe.parallel.use_distributed_optimizer else 1
+    moments, main_weights = 8, 0 if precision == "fp32" else 4
+    return BYTES[precision], 2 if precision == "fp16" else 4, (moments + main_weights) / share
+
+
+def _rank(recipe: Recipe, number: int, stage: list[Chunk], saves: bool) -> Memory:
+    count = stage_parameters(recipe, stage)
+    weights, gradients, optimizer = (int(count * each) for each in bytes_per_parameter(recipe))
+    kept = _kept(recipe, number, stage)
+    # moments in which the activations are there, and in which they are not
+    full = max(_loss(recipe, stage), _layer(recipe, stage) - (activations.norm(recipe) if stage[-1].output else 0))
+    save = _save(recipe, stage, count) if saves else 0
+    empty = max(_end(recipe, stage), _update(recipe, count), save)
+    there, workspace = (kept, full) if kept + full >= empty else (0, empty)
+    saving = not there and workspace == save > 0
+    return Memory(weights, gradients, optimizer, there, workspace + _always(recipe), BASE[recipe.derived.device], saving)
+
+
+def _kept(recipe: Recipe, number: int, stage: list[Chunk]) -> int:
+    """Activations of every micro-batch in flight on a pipeline rank."""
+    held = in_flight(recipe, number, len(stage))
+    return sum(count * _chunk(recipe, chunk) for count, chunk in zip(held, stage, strict=True))
+
+
+def _chunk(recipe: Recipe, chunk: Chunk) -> int:
+    """What one forward pass through a chunk keeps, without the logits."""
+    p, stream = recipe.parallel, activations.boundary(recipe)
+    kept = chunk.layers * activations.layer(recipe)
+    if p.recompute_granularity == "full":
+        if p.recompute_method == "uniform":
+            kept = -(-chunk.layers // p.recompute_num_layers) * stream
+        else:
+            again = min(p.recompute_num_layers, chunk.layers)
+            kept = again * stream + (chunk.layers - again) * activations.layer(recipe)
+    if chunk.embedding:
+        kept += activations.dropout_mask(recipe)
+    if chunk.output:
+        kept += activations.norm(recipe)
+    elif recipe.derived.device == "cpu":
+        kept += stream  # a GPU frees what was sent to the next stage; gloo may still be reading it
+    return kept
+
+
+def _loss(recipe: Recipe, stage: list[Chunk]) -> int:
+    """Logits and loss: forward the logits and their fp32 copy (fp32: in place); then the gradient in both, or the
+    gradients of the output layer and of its input."""
+    if not stage[-1].output:
+        return 0
+    size, tp = BYTES[recipe.training.precision], recipe.parallel.tensor_model_parallel_size
+    logits = tokens(recipe) * recipe.derived.padded_vocab_size // tp
+    copy = STATISTIC if size != STATISTIC else 0
+    stream = tokens(recipe) * recipe.model.hidden_size * size
+    return max(logits * (size + copy), logits * size + stream + vocabulary_table(recipe) * size // tp)
+
+
+def _layer(recipe: Recipe, stage: list[Chunk]) -> int:
+    """A layer's backward pass: gradients of the feed-forward layer's and of its weights, recomputed activations; a tied
+    table's gradient waits from the loss to the embedding."""
+    p, w = recipe.parallel, widths(recipe)
+    size, tp = BYTES[recipe.training.precision], p.tensor_model_parallel_size
+    work = size * (tokens(recipe) * (w.hidden + w.up // tp) + w.ffn * w.hidden // tp)
+    if p.recompute_granularity == "full":
+        layers, number = max(chunk.layers for chunk in stage), p.recompute_num_layers
+        # block recomputes the first layers, when those after them have let go of theirs
+        together = min(number, layers) if p.recompute_method == "uniform" else int(number >= layers)
+        work += together * activations.layer(recipe)
+    elif p.recompute_granularity == "selective":
+        work += activations.core_attention(recipe)
+    return work + (_table(recipe) if _tied_here(recipe, stage) else 0)
+
+
+def _end(recipe: Recipe, stage: list[Chunk]) -> int:
+    """The vocabulary's table at the end of the backward pass: its gradient, and tied that of the logits and their sum."""
+    if not stage[0].embedding:
+        return 0
+    return _table(recipe) * (3 if _tied_here(recipe, stage) else 1)
+
+
+def _update(recipe: Recipe, count: int) -> int:
+    share = recipe.derived.data_parallel_size if recipe.parallel.use_distributed_optimizer else 1
+    return 4 * count // share if recipe.training.precision == "fp16" else 0
+
+
+def _save(recipe: Recipe, stage: list[Chunk], count: int) -> int:
+    """Host memory to write a checkpoint from; on a GPU nothing of it lies in the GPU's memory.
+
+    The distributed optimizer's fp32 weights and moments: a rank's own shares, the whole of a data-parallel group, and
+    its tensors cut out of that. Without it only the gated matrices are copied: each half is a tensor of its own.
+    """
+    p, m, w = recipe.parallel, recipe.model, widths(recipe)
+    if recipe.derived.device == "cuda":
+        return 0
+    if p.use_distributed_optimizer:
+        return (12 + 12) * count + 12 * count // recipe.derived.data_parallel_size
+    weight, _, state = bytes_per_parameter(recipe)
+    gated = sum(chunk.layers for chunk in stage) * w.hidden * w.up // p.tensor_model_parallel_size if m.swiglu else 0
+    return int(gated * (weight + state))
+
+
+def _always(recipe: Recipe) -> int:
+    """Buffers that megatron-core keeps: scores of an unfused attention, the sequence gathered from its parts."""
+    always = 0 if activations.fused_attention(recipe) else activations.scores(recipe) * BYTES[recipe.training.precision]
+    if recipe.parallel.sequence_parallel:
+        always += activations.boundary(recipe) * recipe.parallel.tensor_model_parallel_size
+    return always
+
+
+def _table(recipe: Recipe) -> int:
+    """Bytes of a gradient of the vocabulary's table, before it is added to the buffer."""
+    return vocabulary_table(recipe) // recipe.parallel.tensor_model_parallel_size * BYTES[recipe.training.precision]
+
+
+def _tied_here(recipe: Recipe, stage: list[Chunk]) -> bool:
+    return stage[0].embedding and stage[-1].output and not recipe.model.untie_embeddings_and_output_weights
