@@ -93,7 +93,7 @@ def copy(
 ) -> None:
     """Copy a recipe to edit it; the copy hides the packaged recipe of that name."""
     source = find(name)
-    target = dest or Path("recipes") / source.name
+    target = dest or Path("recipes") / (source.name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")  # bases/ stays
     if target.is_dir():
         target = target / source.name
     if target.exists() and target.samefile(source):

@@ -53,13 +53,12 @@ def find(name: str, beside: Path | None = None) -> Path:
 
 
 def unknown_recipe(name: str, where: str) -> UserError:
-    """The error for a recipe that is not there, with the nearest names or with all of them."""
+    """The error for a recipe that is not there, with the nearest names."""
     if name.endswith((".yaml", ".yml")):
         return UserError(f"no recipe file {name}", where, "give the path of a .yaml file, or a name of `yuan recipes list`")
-    names = list(available())
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    near = get_close_matches(name, available(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UserError(f"no recipe is named {name!r}", where, f"{hint}there are: {', '.join(names)}")
+    return UserError(f"no recipe is named {name!r}", where, f"{hint}`yuan recipes list` shows them all")
 
 
 def label(path: Path) -> str:

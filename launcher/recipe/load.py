@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.errors import UserError, raise_all
 from launcher.recipe.device import on_gpu, resolve_device
-from launcher.recipe.find import available, find
+from launcher.recipe.find import find
 from launcher.recipe.keys import Key, suggest, table
 from launcher.recipe.layers import Given, from_recipe, from_words
 from launcher.recipe.resolve import resolve
@@ -63,7 +63,7 @@ def load(words: list[str], options: dict[str, tuple[object, str]] | None = None,
         )
     name = names[-1] if names else default
     if name is None:
-        raise UserError("no recipe is named", "command line", f"add recipe=NAME; there are: {', '.join(available())}")
+        raise UserError("no recipe is named", "command line", "add recipe=NAME; `yuan recipes list` shows them all")
     given: list[Given] = []
     try:
         path = find(name)

@@ -81,6 +81,17 @@ def test_copy_makes_a_recipe_that_hides_the_packaged_one_and_never_overwrites(yu
     assert copied.read_text() == (package_folder() / "quickstart.yaml").read_text()
 
 
+def test_a_copy_of_a_recipe_finds_its_bases_and_a_copied_base_is_found_first(yuan, tmp_path):
+    packaged = load(["recipe=llama2_70b"]).recipe
+    yuan("copy", "llama2_70b")
+    assert load(["recipe=llama2_70b"]).recipe == packaged
+    yuan("copy", "bases/llama2_70b")
+    base = tmp_path / "recipes" / "bases" / "llama2_70b.yaml"
+    base.write_text(base.read_text().replace("num_layers: 80", "num_layers: 8"))
+    assert load(["recipe=llama2_70b"]).recipe.model.num_layers == 8
+    assert load(["recipe=serve_llama2_70b"]).sources["model.num_layers"] == "recipes/bases/llama2_70b.yaml"
+
+
 def test_keys_documents_a_group_or_one_key(yuan):
     assert yuan("keys").count("\n") == 2 * len(table())
     launch = yuan("keys", "launch").splitlines()

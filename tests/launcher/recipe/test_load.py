@@ -123,9 +123,9 @@ def test_a_broken_file_is_named(write_recipe, text, what):
 
 def test_an_unknown_recipe_and_no_recipe_and_two_recipes():
     (fault,) = faults("recipe=345m_1d")
-    assert "did you mean 345m_1dp" in fault.fix and "quickstart" in fault.fix
+    assert "did you mean 345m_1dp" in fault.fix and "yuan recipes list" in fault.fix
     (fault,) = faults()
-    assert "quickstart" in fault.fix
+    assert "recipe=NAME" in fault.fix and "yuan recipes list" in fault.fix
     (fault,) = faults("recipe=345m_1dp", "recipe=quickstart")
     assert "345m_1dp and quickstart" in fault.what
     (fault,) = faults("recipe=nowhere/a.yaml")
