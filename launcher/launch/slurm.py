@@ -6,7 +6,8 @@ machines. What the script leaves to whom:
   script would have to go through srun, which answers SIGTERM by ending the step; and a script with a trap would queue
   again a job that a person cancelled.
 - `yuan` passes the signal on to its ranks, they save, and exit code 3 tells the script to queue the job again.
-- The launchers notice a machine that fails (launcher.launch.machines): srun must not kill the others while they save.
+- The launchers notice a machine that fails (launcher.launch.machines): srun must not kill the others while they save,
+  nor because one ended some seconds before them.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _options(recipe: Recipe, folder: RunFolder) -> list[str]:
 
 def _srun(recipe: Recipe) -> list[str]:
     slurm = recipe.slurm
-    words = ["srun", "--kill-on-bad-exit=0", "--export=ALL"]
+    words = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--export=ALL"]
     if slurm.container_image:
         here = str(Path.cwd())
         mounts = [f"{here}:{here}"]

@@ -77,7 +77,8 @@ def _attempt(
     with closing(_reserve_port()) as reserved, (folder.logs / "launcher.log").open("a", encoding="utf-8") as log:
 
         def write(line: str) -> None:
-            print(datetime.now().astimezone().isoformat(timespec="milliseconds"), line, file=log, flush=True)
+            where = f"machine {recipe.launch.node_rank}: " if recipe.launch.nnodes > 1 else ""  # they share this file
+            print(f"{datetime.now().astimezone().isoformat(timespec='milliseconds')} {where}{line}", file=log, flush=True)
 
         with closing(meet(recipe, stop, _say, reserved.getsockname()[1])) as machines:
             found: list[Failure] = []
@@ -89,7 +90,7 @@ def _attempt(
                 exits = supervise(commands(recipe, folder.recipe, worker, machines), stop, write, machines.poll)
                 own, found = _outcome(recipe, folder, stop, exits)
             verdict = machines.finish(own, restarts_left and not stop.requested)
-            write(f"this machine: {own.kind}, all: {verdict.kind} {verdict.text}".rstrip())
+            write(f"ended: {own.kind}, all: {verdict.kind} {verdict.text}".rstrip())
             return verdict, found
 
 

@@ -75,7 +75,7 @@ def run(words: list[str]) -> int:
 
 def srun(words: list[str]) -> int:
     while words[0].startswith("--"):
-        assert words.pop(0).partition("=")[0] in ("--kill-on-bad-exit", "--export")
+        assert words.pop(0).partition("=")[0] in ("--kill-on-bad-exit", "--wait", "--export")
     tasks = []
     for node in range(int(os.environ["SLURM_NNODES"])):
         tasks.append(subprocess.Popen(words, env=os.environ | {"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)}))
