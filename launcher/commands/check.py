@@ -65,7 +65,7 @@ def check(
     print(("\n" if problems else "") + f"{loaded.name} would run" + ("" if verb == "pretrain" else f" with `yuan {verb}`"))
     if not find_spec(f"launcher.commands.{verb}"):
         print(f"  but this version of yuan can only check it: there is no verb {verb} yet")
-    if verb == "pretrain":
+    if verb in ("pretrain", "sft"):
         print("\n".join(summary(loaded) + [f"  {line}" for line in going_on(loaded.recipe)]))
 
 
@@ -73,12 +73,15 @@ def summary(loaded: Loaded) -> list[str]:
     """The sizes that follow from a recipe, one line each."""
     r = loaded.recipe
     p, t, d = r.parallel, r.training, r.derived
-    tokens = d.train_samples * t.seq_length
+    if t.epochs is None:
+        length = f"{d.train_iters:,} steps = {d.train_samples:,} samples = {d.train_samples * t.seq_length:,} tokens"
+    else:
+        length = f"{t.epochs} epoch{'s' * (t.epochs > 1)} over {r.data.train}"
     lines = {
         "model": f"{r.model.family}, {parameters(r) / 1e6:,.1f} M parameters, {t.precision}",
         "processes": f"{d.world_size} on {d.device}: TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} x DP {d.data_parallel_size}",
         "batch": f"{t.global_batch_size} samples a step = micro batch {t.micro_batch_size} x DP {d.data_parallel_size} x {d.num_microbatches}",
-        "length": f"{d.train_iters:,} steps = {d.train_samples:,} samples = {tokens:,} tokens",
+        "length": length,
         "vocabulary": f"{d.vocab_size:,} ids, padded to {d.padded_vocab_size:,}",
         "run folder": str(r.run.dir),
         **estimate(r),

@@ -104,12 +104,12 @@ def shapes(case: Case) -> Iterator[Problem]:
             case.at("training.seq_length", "model.max_position_embeddings"),
             f"training.seq_length={m.max_position_embeddings}, or model.max_position_embeddings={t.seq_length}",
         )
-    turned = int((m.kv_channels or 0) * m.rotary_percent)
+    turned = int((m.kv_channels or 0) * m.rotary_percent) if 0 < m.rotary_percent <= 1 else 2
     if m.position_embedding_type == "rope" and m.kv_channels and (turned % 2 or turned == 0):
         yield Problem(
             f"RoPE turns pairs, and {turned} channels of a head are no pairs",
             case.at("model.kv_channels", "model.rotary_percent"),
-            f"model.kv_channels={nearest(m.kv_channels, 2)}, or another model.rotary_percent",
+            f"model.kv_channels={nearest(m.kv_channels, 2)}, or model.rotary_percent=1.0",
         )
 
 
@@ -117,7 +117,7 @@ def family(case: Case) -> Iterator[Problem]:
     """The engine has no filtered attention (LFA) yet: a recipe for Yuan 2.0 can be written and checked, and nothing runs it."""
     if case.recipe.model.family == "yuan2":
         yield Problem(
-            "this version of yuan has no filtered attention, and can neither train Yuan 2.0 nor answer with it",
+            "this version of yuan has no filtered attention: it checks recipes for Yuan 2.0, and refuses to run them",
             case.at("model.family"),
             "model.family=llama for a model of that shape without the filter",
             "error" if case.launching else "warning",
