@@ -17,6 +17,7 @@ from launcher.recipe import (
     check_slurm,
 )
 from launcher.recipe.load import Loaded
+from launcher.recipe.offers import keep_sound
 from launcher.recipe.problem import Case, Check, Problem
 from launcher.recipe.schema import Recipe
 
@@ -58,7 +59,7 @@ _ANSWERING: tuple[Check, ...] = (
     check_answers.checkpoint,
 )
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "pretrain": (*_TRAINING, check_schedule.length, check_data.data),
+    "pretrain": (*_TRAINING, check_schedule.length, check_data.data, check_finetuning.in_vain),
     "sft": (*_TRAINING, check_finetuning.length, check_finetuning.rows, check_finetuning.weights),
     "tokenizer": (check_data.tokenizer,),
     "preprocess": (check_model.ranges, check_data.preprocess_input, check_data.tokenizer),
@@ -68,13 +69,19 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 }
 
 
+# The checks that look at the recipe alone, at no file: asked again about every change that they offer.
+_OF_THE_RECIPE = {module.__name__ for module in (check_model, check_layout, check_schedule)}
+
+
 def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain", **options: bool) -> list[Problem]:
     """Everything that is wrong or odd with a resolved recipe for `verb` (a key of CHECKS), errors first.
 
     `options` are those of `Case`: launching, accept_changes.
     """
     case = Case(recipe, sources, **options)
-    problems = [problem for one in CHECKS[verb] for problem in one(case)]
+    by_itself = [one for one in CHECKS[verb] if one.__module__ in _OF_THE_RECIPE]
+    problems = keep_sound(case, [problem for one in by_itself for problem in one(case)], by_itself)
+    problems += [problem for one in CHECKS[verb] if one not in by_itself for problem in one(case)]
     return sorted(problems, key=lambda problem: problem.severity)
 
 

@@ -128,7 +128,7 @@ def data(case: Case) -> Iterator[Problem]:
         yield Problem(
             "data_path with a split, or a path for each set, but not both",
             case.at("data.data_path", *own),
-            f"{own[0]}=null, or data.data_path=null",
+            f"{own[0]}=null, or data.data_path=null, and data.split=null",
         )
         return
     if own and case.given("data.split"):
@@ -153,7 +153,7 @@ def data(case: Case) -> Iterator[Problem]:
         try:
             prefixes, weights = parse_blend(case.value(key))
         except BlendError as error:
-            yield Problem(str(error), case.at(key), f"{key}=a_text_document, or {key}=[0.7,a_text_document,0.3,b_text_document]")
+            yield Problem(str(error), case.at(key), f"such as {key}=a_text_document, or {key}=[0.7,a_text_document,0.3,b_text_document]")
             continue
         found = [problem for prefix in dict.fromkeys(prefixes) for problem in _one_data_set(case, key, prefix, shares)]
         yield from found

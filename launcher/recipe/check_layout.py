@@ -107,7 +107,7 @@ def pipeline(case: Case) -> Iterator[Problem]:
         yield Problem(
             f"{layers} layers cannot be shared out over {pp} pipeline stages",
             case.at("model.num_layers", PP),
-            f"model.num_layers={nearest(layers, pp)}, or {PP}={nearest_divisors(layers, pp)}, or {LAYOUT}",
+            f"model.num_layers={nearest(layers, pp)}, or {PP}={nearest_divisors(layers, pp)}, or stages of your own with {LAYOUT}",
         )
 
 
@@ -162,7 +162,8 @@ def _uneven(case: Case, layers: int, pp: int) -> Iterator[Problem]:
         yield Problem(
             f"{left} layers are left for the {stages} other stages",
             case.at("model.num_layers", PP, FIRST, LAST),
-            "every stage needs a layer, and every layer a stage",
+            ", or ".join(f"{key}=null" for key in (FIRST, LAST) if case.value(key) is not None)
+            + ", or other counts: every stage needs a layer and every layer a stage",
         )
     elif stages and left % stages:
         yield Problem(
@@ -289,7 +290,7 @@ def machines(case: Case) -> Iterator[Problem]:
         yield Problem(
             f"machine number {launch.node_rank} of {launch.nnodes}: numbers start at 0",
             case.at("launch.node_rank", "launch.nnodes"),
-            f"launch.node_rank=0 … {launch.nnodes - 1}",
+            "launch.node_rank=0" + (f" … {launch.nnodes - 1}" if launch.nnodes > 1 else ""),
         )
 
 

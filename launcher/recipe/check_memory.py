@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.recipe.check_model import REQUIRED
+from launcher.recipe.check_model import REQUIRED, ranges
 from launcher.recipe.estimate.change import Change, broken_rules, changed, words
 from launcher.recipe.estimate.memory import BAND, GIB, Memory, stage_memory
 from launcher.recipe.estimate.report import gib, parts
@@ -47,7 +47,7 @@ def memory(case: Case) -> Iterator[Problem]:
 
 def reckonable(case: Case) -> bool:
     """Whether all that the estimate is made of is there and valid; where not, other rules say so."""
-    return not missing(case, *REQUIRED, *DERIVED) and not any(broken_rules(case.recipe, case.sources))
+    return not missing(case, *REQUIRED, *DERIVED) and not any(ranges(case)) and not any(broken_rules(case.recipe, case.sources))
 
 
 def missing(case: Case, *keys: str) -> list[str]:

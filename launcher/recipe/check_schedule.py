@@ -29,7 +29,7 @@ def length(case: Case) -> Iterator[Problem]:
         yield Problem(
             "the length of the training is given twice",
             case.at(*given),
-            f"keep one, such as {given[0]}, and set the others to null",
+            ", or ".join(f"{key}=null" for key in given),
         )
     elif case.recipe.derived.train_iters == 0 and case.value(given[0]) > 0:
         t = case.recipe.training
@@ -51,7 +51,7 @@ def units(case: Case) -> Iterator[Problem]:
         keys = [f"optimizer.{name}_{unit}" for unit in ("iters", "samples", "tokens")]
         given = [key for key in keys if case.given(key) and case.value(key)]
         if len(given) > 1:
-            yield Problem(f"{name} is given twice", case.at(*given), "keep one of them")
+            yield Problem(f"{name} is given twice", case.at(*given), ", or ".join(map(_left_out, given)))
         elif f"optimizer.{name}_{wrong}" in given:
             value = case.value(given[0])
             other = value * batch if right == "samples" else -(-value // batch)
@@ -59,11 +59,15 @@ def units(case: Case) -> Iterator[Problem]:
             yield Problem(
                 f"a training counted in {counted} cannot have optimizer.{name}_{wrong}",
                 case.at(given[0]),
-                f"optimizer.{name}_{right}={other} instead",
+                f"{_left_out(given[0])}, and optimizer.{name}_{right}={other}",
             )
     warmups = [key for key in WARMUPS if case.given(key) and case.value(key)]
     if WARMUPS[3] in warmups and len(warmups) > 1:
-        yield Problem("the warm-up is given twice", case.at(*warmups), f"keep one, such as {warmups[0]}")
+        yield Problem("the warm-up is given twice", case.at(*warmups), ", or ".join(map(_left_out, warmups)))
+
+
+def _left_out(key: str) -> str:
+    return f"{key}=0" if key in WARMUPS[:3] else f"{key}=null"
 
 
 def _in_samples(case: Case, name: str) -> int | None:
@@ -171,7 +175,7 @@ def rampup(case: Case) -> Iterator[Problem]:
             f"training.train_samples={total}, and training.train_iters=null",
         )
     if len(t.rampup_batch_size) != 3 or any(number < 1 for number in t.rampup_batch_size):
-        yield Problem(f"{key} is [start, increment, samples], all above 0", case.at(key), f"such as {key}=[16,16,100000]")
+        yield Problem(f"{key} is [start, increment, samples], all above 0", case.at(key), f"{key}=null, or such as {key}=[16,16,100000]")
         return
     start, increment, _ = t.rampup_batch_size
     total = t.global_batch_size or 0

@@ -20,6 +20,7 @@ RULES: tuple[Check, ...] = (  # those of `check` that a layout can break
     check_layout.interleaving,
     check_layout.recompute,
     check_layout.data_parallel,
+    check_layout.machines,
     check_schedule.rampup,
 )
 

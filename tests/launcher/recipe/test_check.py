@@ -96,7 +96,7 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
         (
             ("launch.nproc_per_node=3", "parallel.pipeline_model_parallel_size=3"),
             "8 layers cannot be shared out over 3",
-            "model.num_layers=6 or 9, or parallel.pipeline_model_parallel_size=2 or 4",
+            "model.num_layers=6 or 9, or stages of your own",  # PP 2 or 4 would not fit 3 processes
         ),
         (
             (
@@ -110,7 +110,7 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
         (
             ("parallel.num_layers_per_virtual_pipeline_stage=4",),
             "a pipeline of at least 2 stages",
-            "parallel.pipeline_model_parallel_size=2",
+            "parallel.num_layers_per_virtual_pipeline_stage=null",
         ),
         (
             (
@@ -153,7 +153,7 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
         (("optimizer.lr_decay_style=WSD",), "length of its last phase", "optimizer.lr_wsd_decay_iters=10"),
         (("optimizer.lr_decay_samples=800",), "counted in steps", "optimizer.lr_decay_iters=100"),
         ((*BY_SAMPLES, "optimizer.lr_warmup_iters=3"), "counted in samples", "optimizer.lr_warmup_samples=24"),
-        (("optimizer.lr_warmup_iters=3", "optimizer.lr_warmup_fraction=0.1"), "warm-up is given twice", "keep one"),
+        (("optimizer.lr_warmup_iters=3", "optimizer.lr_warmup_fraction=0.1"), "warm-up is given twice", "optimizer.lr_warmup_iters=0, or optimizer.lr_warmup_fraction=null"),
         (("optimizer.start_weight_decay=0.1",), "constant weight decay", "optimizer.start_weight_decay=null"),
         (
             ("optimizer.weight_decay_incr_style=linear", "optimizer.start_weight_decay=0.1"),
