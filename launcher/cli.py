@@ -100,13 +100,14 @@ def _options(
 
 
 def _register() -> None:
-    """Every verb is launcher/commands/<verb>.py: a function of that name, or an `app` with verbs of its own."""
+    """Every verb is launcher/commands/<verb>.py: a function of that name, or an `app` with verbs of its own; `CONTEXT`
+    is what click is to know besides."""
     for verb, line in VERBS.items():
         module = importlib.import_module(f"launcher.commands.{verb}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=verb, short_help=line)
         else:
-            app.command(verb, short_help=line)(getattr(module, verb))
+            app.command(verb, short_help=line, context_settings=getattr(module, "CONTEXT", None))(getattr(module, verb))
 
 
 _register()

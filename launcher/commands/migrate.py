@@ -13,12 +13,17 @@ from launcher.migrate.result import Migration
 from launcher.migrate.write import recipe_text, report
 from launcher.recipe.find import package_folder
 
+CONTEXT = {"ignore_unknown_options": True}  # the old command's own options are words of it, with and without `--` before
+
 
 def migrate(
     command: Annotated[
-        Optional[list[str]], typer.Argument(metavar="-- COMMAND …", help="The old command, a script's path, or their text in quotes.")
+        Optional[list[str]],
+        typer.Argument(metavar="-- COMMAND …", help="The old command, a script's path, or their text in quotes."),
     ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="The recipe to write; - is stdout. Default: recipes/NAME.yaml")] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="The recipe to write; - is stdout. Default: recipes/NAME.yaml")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe, write nothing.")] = False,
 ) -> None:
@@ -65,7 +70,9 @@ def _target(one: Migration, output: Path | None, count: int, dry_run: bool) -> P
     if dry_run or str(output) == "-":
         return None
     if output and count > 1:
-        raise UserError(f"{count} commands make {count} recipes", "--output", "leave --output out, or migrate one command at a time")
+        raise UserError(
+            f"{count} commands make {count} recipes", "--output", "leave --output out, or migrate one command at a time"
+        )
     if output and output.suffix not in (".yaml", ".yml"):
         raise UserError(f"{output} is no name for a recipe", "--output", f"--output {output}.yaml")
     return output or Path("recipes") / f"{one.name}.yaml"

@@ -1,4 +1,4 @@
-"""Scripts that convert checkpoints: Pai-Megatron-Patch's, Yuan 2.0's and those for MindSpore."""
+"""Scripts that convert checkpoints: Pai-Megatron-Patch's and Yuan 2.0's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.migrate.command import UNKNOWN, Call
-from launcher.migrate.pai import KINDS
+from launcher.migrate.pai_orders import KINDS
 from launcher.migrate.positional import COUNT, PATH, SWITCH, WHOLE, one_of, order, read
 from launcher.migrate.result import Line, Migration
 
@@ -15,14 +15,16 @@ MODELS = one_of("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama2-7b", 
                 "codellama-13b", "codellama-34b")  # fmt: skip
 CONVERTER_KINDS = KINDS | {
     "MN": MODELS, "mg2hf": SWITCH, "SOURCE_CKPT_PATH": PATH, "TARGET_CKPT_PATH": PATH, "HG_CKPT_PATH": PATH,
-    "MODEL_SIZE": one_of("7B", "8B", "13B", "70B"), "NUM_EXPERTS": COUNT, "EXPERTS_TOPK": COUNT, "EP": COUNT, "NUM_EXPERT_SPLITS": COUNT,
+    "MODEL_SIZE": one_of("7B", "8B", "13B", "70B"),
+    **dict.fromkeys(("NUM_EXPERTS", "EXPERTS_TOPK", "EP", "NUM_EXPERT_SPLITS"), COUNT),
 }  # fmt: skip
 CONVERTER = [
     order(
         "Pai-Megatron-Patch", "MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP MN EXTRA_VOCAB_SIZE mg2hf", CONVERTER_KINDS
     )
 ]
-MCORE = "MODEL_SIZE HG_CKPT_PATH MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP EXTRA_VOCAB_SIZE NUM_EXPERTS EXPERTS_TOPK EP "
+MCORE = "MODEL_SIZE HG_CKPT_PATH MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP EXTRA_VOCAB_SIZE NUM_EXPERTS "
+MCORE += "EXPERTS_TOPK EP "
 MCORE_CONVERTER = [
     order("its documentation", MCORE + "mg2hf", CONVERTER_KINDS),
     order("its repository", MCORE + "NUM_EXPERT_SPLITS mg2hf", CONVERTER_KINDS),
@@ -30,7 +32,8 @@ MCORE_CONVERTER = [
 YUAN_SIZES = {"2.1B": (1, 1), "51B": (16, 4), "102B": (32, 8)}  # pipeline stages as released, tensor ranks for answers
 
 
-def _migration(call: Call, lines: list[Line], name: str, origin: str, what: str) -> Migration:
+def conversion(call: Call, lines: list[Line], name: str, origin: str, what: str) -> Migration:
+    """A migration to `yuan convert`."""
     source = Migration("convert", name, "", "", "", lines).values.get("convert.source", "the source")
     return Migration("convert", name, what, origin, call.text, lines, str(source))
 
@@ -44,7 +47,7 @@ def pai(call: Call) -> Migration:
     lines = sorted((line for line in lines if line), key=lambda line: int(line.place))
     what = "From Pai-Megatron-Patch's format to Hugging Face's" if back else "From Hugging Face's format into one to train from"
     name = f"pai_{words['MN'][1].replace('-', '_')}_to_{'hf' if back else 'megatron'}"
-    return _migration(call, lines, name, f"{call.basename}: {len(words)} arguments in the order of {used.release}", what)
+    return conversion(call, lines, name, f"{call.basename}: {len(words)} arguments in the order of {used.release}", what)
 
 
 def _direction(name: str, place: int, value: str, back: bool) -> Line | None:
@@ -61,7 +64,7 @@ def _direction(name: str, place: int, value: str, back: bool) -> Line | None:
     if back:
         trap = "the script writes RMSNorm's epsilon as 1e-6 (Llama-2: 1e-5) and no rope_theta"
         return Line(str(place), name, value, {"convert.to": "hf", "convert.dtype": "fp16"}, "Megatron to Hugging Face", trap)
-    trap = "the script writes fp16 whatever the source is, which cuts bf16's range; here the source's. As before: convert.dtype=fp16"
+    trap = "the script writes fp16 whatever the source is, which cuts bf16's range. As before: convert.dtype=fp16"
     note = "Hugging Face to Megatron's own format, which loads at any TP and PP; the script's own format: convert.to=pai"
     return Line(str(place), name, value, {"convert.to": "torch_dist"}, note, trap)
 
@@ -111,7 +114,7 @@ def pai_mcore(call: Call) -> Migration:
         line.trap = "the script takes Llama-3's vocabulary and rope_theta for 70B; yuan reads both from the source"
     what = "To Hugging Face's format" if back else "From Hugging Face's format into one to train from"
     origin = f"{call.basename}: {len(words)} arguments in the order of {used.release}"
-    return _migration(call, found, f"pai_llama_{size.lower()}_mcore_to_{'hf' if back else 'megatron'}", origin, what)
+    return conversion(call, found, f"pai_llama_{size.lower()}_mcore_to_{'hf' if back else 'megatron'}", origin, what)
 
 
 def yuan(call: Call) -> Migration:
@@ -153,97 +156,45 @@ def yuan(call: Call) -> Migration:
             trap,
         )
     )
-    return _migration(call, lines, f"yuan2_{size.lower()}_to_{ranks}tp", f"{call.basename}: its variables",
+    return conversion(call, lines, f"yuan2_{size.lower()}_to_{ranks}tp", f"{call.basename}: its variables",
                       f"Yuan 2.0 {size}, from {stages} stages to {ranks} tensor-parallel ranks")  # fmt: skip
 
 
-OPTIONS = {
-    "-f": "--function", "-p": "--precision", "-w": "--world_size", "-y": "--yaml_path", "-d": "--dataset", "-dp": "--dataset_path",
-    "-ts": "--train_strategy", "-is": "--infer_strategy", "-sc": "--src_ckpt_path", "-dc": "--dst_ckpt_path",
-    "-pp": "--pipeline_parallel", "-tm": "--transfer_mode",
+YUAN_TOOL_KEYS = {
+    "--load": "convert.source", "--save": "convert.target",
+    "--target-tensor-model-parallel-size": "convert.tensor_model_parallel_size",
+    "--target-pipeline-model-parallel-size": "convert.pipeline_model_parallel_size",
 }  # fmt: skip
-FUNCTIONS = ("distributed_weight_transfer", "pt_to_ms", "train_to_infer")
+PARTS_OF_A_TOOL = ("--pipeline-generate-layer", "--tensor-generate-layer")
+YUAN_TOOL_TRAPS = {
+    "merge_tp_partitions.py": "the tool joins gate and up in the wrong order: the result loads, and is wrong",
+    "convert_hf.py": "the tool carries on where shapes do not match, and wants configuration and checkpoint in one folder",
+}
 
 
-def mindspore(call: Call) -> Migration:
-    """ckpt_convert.sh, ckpt_convert_for_16p.sh and ckpt_convert_n_to_m.sh: weights for MindSpore on Ascend."""
-    given = _options(call)
-    function = given.get("--function", "distributed_weight_transfer")
-    if function not in FUNCTIONS:
-        what = "quantizing weights is missing in yuan" if function == "quant_weight" else f"there is no function {function!r}"
-        raise UserError(f"-f {function}: {what}", call.place, "functions that can be migrated: " + ", ".join(FUNCTIONS))
-    for needed in ("--world_size", "--src_ckpt_path"):
-        if not given.get(needed):
-            short = next(short for short, long in OPTIONS.items() if long == needed)
-            raise UserError(f"{short} ({needed}) is not given", call.place, f"add {short} VALUE")
-    width, source = given["--world_size"], given["--src_ckpt_path"].rstrip("/")
-    if not WHOLE.fits(width):
-        raise UserError(f"-w (--world_size) is {width!r}, and must be a whole number above 0", call.place, "2, 4, 8 or 16")
-    fused = "qkv" in f"{source} {given.get('--yaml_path', '')}"
-    target = given.get("--dst_ckpt_path", "").rstrip("/")
-    folder = f"{target or f'../ckpt/llama2_7b/qkv/{width}_llama-2-7b'}/fp16_{width}p{'_qkv' if fused else ''}"
-    lines = [_mindspore_line(name, value, fused, folder, width) for name, value in given.items()]
-    if not target:
-        lines.append(
-            Line("fixed", "--dst_ckpt_path", "", {"convert.target": folder}, note="the simplified script's own folder")
-        )
-    layout = {"convert.fused_layout": "concat" if fused else "separate"}
-    trap = "undoing the fusion in equal thirds is wrong where there are fewer key/value heads (70B); errors go to ./log while it prints "
-    trap += "'Convert finish!'. yuan needs neither NPU nor a compiled model, and stops at a fault"
-    became = {"convert.to": "mindspore", "convert.pipeline_model_parallel_size": 1} | layout
-    lines.append(
-        Line(
-            "fixed",
-            "layout",
-            "qkv" if fused else "",
-            became,
-            "told by `qkv` in the paths" if fused else "no `qkv` in the paths",
-            trap,
-        )
+def yuan_tool(call: Call, name: str) -> Migration:
+    """Yuan 2.0's split_tp_partitions.py, merge_pp_partitions.py, merge_tp_partitions.py and convert_hf.py."""
+    to = "hf" if call.basename == "convert_hf.py" else "yuan"
+    lines, words = [], iter(call.arguments)
+    given = {word: next(words, "") for word in words if word in YUAN_TOOL_KEYS or word in PARTS_OF_A_TOOL}
+    for flag, value in given.items():
+        key = YUAN_TOOL_KEYS.get(flag)
+        if key is None:
+            note = "dropped: it has the tool do some ranks alone; yuan does them all"
+            lines.append(Line("flag", flag, value, note=note))
+        elif flag in ("--load", "--save"):
+            lost = f"{value} is set nowhere here: fill in {key}" if UNKNOWN.search(value) else ""
+            lines.append(Line("flag", flag, value, {key: value.rstrip("/")}, lost=lost))
+        elif WHOLE.fits(value):
+            lines.append(Line("flag", flag, value, {key: int(value)}))
+        else:
+            raise UserError(f"{flag} must be a whole number above 0, not {value!r}", call.place, f"{flag} 8")
+    for flag in ("--load", "--save"):
+        if flag not in given:
+            raise UserError(f"{flag} is not given", call.place, f"add {flag} FOLDER")
+    note = "all other flags describe the model, which is read from the checkpoint"
+    lines.append(Line("fixed", "format", to, {"convert.to": to}, note, YUAN_TOOL_TRAPS.get(call.basename, "")))
+    name = name or call.basename.removesuffix(".py")
+    return conversion(
+        call, lines, name, f"{call.place}: {len(given)} flags that say what to do", f"A conversion as {name} did it"
     )
-    return _migration(
-        call, lines, f"mindspore_to_{width}p", f"{call.basename}: {function}", f"Weights for MindSpore on {width} devices"
-    )
-
-
-def _options(call: Call) -> dict[str, str]:
-    given, words = {}, list(call.arguments)
-    while words:
-        name = words.pop(0)
-        name = OPTIONS.get(name, name)
-        if name not in OPTIONS.values():
-            raise UserError(
-                f"{name!r} is no option of {call.basename}",
-                call.place,
-                "options: " + ", ".join(f"{a} ({b})" for a, b in OPTIONS.items()),
-            )
-        if not words or words[0] in OPTIONS:
-            raise UserError(f"{name} has no value", call.place, f"write {name} VALUE")
-        given[name] = words.pop(0)
-    return given
-
-
-def _mindspore_line(name: str, value: str, fused: bool, folder: str, width: str) -> Line:
-    line = Line("option", name, value)
-    if name == "--src_ckpt_path":
-        line.became = {"convert.source": value.rstrip("/")}
-    elif name == "--dst_ckpt_path":
-        line.became, line.note = {"convert.target": folder}, "the folder that the script writes below it"
-    elif name == "--world_size":
-        line.became = {"convert.tensor_model_parallel_size": int(width)}
-    elif name == "--precision":
-        ours = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}.get(value)
-        line.became = {"convert.dtype": ours} if ours else {}
-        line.lost = "" if ours else f"the precision {value} is missing: fp16, bf16 or fp32"
-    elif name == "--function":
-        line.note = "source and target say it"
-        line.lost = (
-            ""
-            if value != "train_to_infer"
-            else "a training's strategy file is not read: sources are folders with rank_0 and so on"
-        )
-    elif name == "--pipeline_parallel":
-        line.note = "the source's own stages are found out"
-    else:
-        line.note = "dropped: no model is compiled, so no configuration and no strategy file is needed"
-    return line

@@ -21,7 +21,8 @@ ALWAYS = {"model.max_position_embeddings", "tokenizer.type", "run.dir", "paralle
 # Derived here as Megatron-LM derives it, so that saying it is of no use.
 DERIVED_ALIKE = {"model.ffn_hidden_size", "model.kv_channels", "training.global_batch_size", "data.split", "data.num_workers",
                  "tokenizer.vocab_size", "model.num_query_groups"}  # fmt: skip
-SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision", "training.train_tokens", "run.name", "logging.tensorboard",
+SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision", "training.train_tokens",
+                  "run.name", "logging.tensorboard",
                   "optimizer.lr_decay_tokens", "optimizer.lr_warmup_tokens", "optimizer.lr_wsd_decay_tokens"}  # fmt: skip
 OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "data.", "tokenizer.", "checkpoint.", "logging.")
 OF_THE_FORK = {

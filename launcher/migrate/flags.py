@@ -45,10 +45,14 @@ OTHER_NAME = {
     "checkpoint.load": "--load",
     "run.dir": "--save",
 }
-PREPROCESS = {f"--{leaf.replace('_', '-')}": f"preprocess.{leaf}" for leaf in ("input", "output_prefix", "json_keys", "append_eod", "workers")}  # fmt: skip
+PREPROCESS = {
+    "--input": "preprocess.input", "--output-prefix": "preprocess.output_prefix", "--json-keys": "preprocess.json_keys",
+    "--append-eod": "preprocess.append_eod", "--workers": "preprocess.workers",
+}  # fmt: skip
 SERVER = {
     "--port": "serve.port", "--host": "serve.host", "--temperature": "generate.temperature", "--top_p": "generate.top_p",
-    "--top_k": "generate.top_k", "--top-p": "generate.top_p", "--top-k": "generate.top_k", "--out-seq-length": "generate.max_new_tokens",
+    "--top_k": "generate.top_k", "--top-p": "generate.top_p", "--top-k": "generate.top_k",
+    "--out-seq-length": "generate.max_new_tokens",
     "--repetition-penalty": "generate.repetition_penalty", "--load": "generate.load", "--seed": "generate.seed",
     "--inference-max-requests": "generate.batch_size", "--inference-max-batch-size": "generate.batch_size",
 }  # fmt: skip
@@ -73,11 +77,13 @@ MEANS: dict[str, dict[str, Any]] = {
 SPELLINGS = {
     "--batch-size": "--micro-batch-size", "--model-parallel-size": "--tensor-model-parallel-size",
     "--warmup": "--lr-warmup-fraction", "--layernorm-epsilon": "--norm-epsilon", "--n-head-kv": "--num-query-groups",
-    "--norm-dtype": "--normalization", "--tokenizer-model-path": "--tokenizer-model", "--persistent-save-interval": "--save-interval",
+    "--norm-dtype": "--normalization", "--tokenizer-model-path": "--tokenizer-model",
+    "--persistent-save-interval": "--save-interval",
     "--activations-checkpoint-method": "--recompute-method", "--checkpoint-method": "--recompute-method",
     "--checkpoint-num-layers": "--recompute-num-layers", "--activations-checkpoint-num-layers": "--recompute-num-layers",
     "--override-opt-param-scheduler": "--override-opt_param-scheduler",
-    "--use-checkpoint-opt-param-scheduler": "--use-checkpoint-opt_param-scheduler", "--use-checkpoint-lr-scheduler": "--use-checkpoint-opt_param-scheduler",
+    "--use-checkpoint-opt-param-scheduler": "--use-checkpoint-opt_param-scheduler",
+    "--use-checkpoint-lr-scheduler": "--use-checkpoint-opt_param-scheduler",
     "--override-lr-scheduler": "--override-opt_param-scheduler", "--dist-ckpt-format": "--ckpt-format",
 }  # fmt: skip
 VALUES = {  # other programs' values of a flag, with the recipe's
@@ -93,7 +99,8 @@ _ENGINE = "yuan has one engine, megatron-core's models"
 _DEBUGGING = "it is for debugging and profiling"
 # Flags without bearing on the result: why they are left out. A name that ends in * is the beginning of many.
 WITHOUT_BEARING = {
-    _FUSIONS: """--use-flash-attn --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
+    _FUSIONS: """--use-flash-attn --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion
+        --no-bias-dropout-fusion
         --no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm --cross-entropy-loss-fusion
         --cross-entropy-fusion-impl --attention-backend --use-te-activation-func --fused-rmsnorm --no-query-key-layer-scaling
         --no-apply-query-key-layer-scaling --use-fused-weighted-squared-relu --flash-decode --enable-cuda-graph --cuda-graph-*

@@ -14,8 +14,10 @@ from launcher.recipe.keys import table as keys
 
 # What a verb has a use for, of all that the flags say.
 OF_SERVING = ("model.", "tokenizer.", "generate.", "serve.", "launch.", "training.precision", "training.seq_length",
-              "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "parallel.distributed_timeout_minutes",
-              "parallel.pipeline_model_parallel_layout")  # fmt: skip
+              "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+              "parallel.distributed_timeout_minutes", "parallel.pipeline_model_parallel_layout")  # fmt: skip
+NEEDED = ("preprocess.input", "data.data_path", "data.train_data_path", "data.train", "generate.load", "checkpoint.load",
+          "tokenizer.vocab_file", "tokenizer.merge_file", "tokenizer.tokenizer_model")  # fmt: skip
 USES = {"pretrain": ("",), "sft": ("",), "serve": OF_SERVING, "preprocess": ("tokenizer.", "preprocess.")}
 SPECIAL = {
     "--group-query-attention", "--num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-method",
@@ -27,10 +29,10 @@ YUAN_SERVERS = {  # layers, hidden size, heads, positions, tensor ranks, TOP_K
 }  # fmt: skip
 
 
-
 def pretrain(call: Call, name: str) -> Migration:
     """pretrain_gpt.py or pretrain_yuan.py with its flags."""
     lines = read_flags(call, "pretrain")
+    name = name or _shape_name(call, lines)
     verb = "sft" if any(line.name == "--sft-stage" for line in lines) else "pretrain"
     title = f"{'Training' if verb == 'pretrain' else 'Fine-tuning'} as {name} did it"
     return Migration(verb, name, title, f"{call.place}: {len(lines)} flags", call.text, lines, _needs(lines))
@@ -39,6 +41,7 @@ def pretrain(call: Call, name: str) -> Migration:
 def serve(call: Call, name: str) -> Migration:
     """tools/run_text_generation_server.py, of Megatron-LM and of Yuan 2.0, with its flags."""
     lines = read_flags(call, "serve")
+    name = name or _shape_name(call, lines)
     values = values_of(lines)
     yuan = values.get("model.family") == "yuan2"
     if "serve.port" not in values:
@@ -78,6 +81,7 @@ def yuan_server(call: Call, size: str) -> Migration:
 def preprocess(call: Call, name: str) -> Migration:
     """tools/preprocess_data.py with its flags."""
     lines = read_flags(call, "preprocess")
+    name = name or _shape_name(call, lines)
     gone = [line.name for line in lines if line.name in ("--dataset-impl", "--chunk-size")]
     if gone:
         text = f"{' and '.join(gone)} left preprocess_data.py in 2023: releases since then refuse the command. Not needed here"
@@ -137,6 +141,8 @@ def _one(place: str, written: str, words: list[str], verb: str) -> Line:
         line.became = dict(table.MEANS[name])
     elif name in known:
         _valued(line, known[name], words)
+    elif name == "--flash-attn-drop":
+        _typed(line, "model.attention_dropout", line.value)  # what becomes of it is settled with --use-flash-attn
     elif name in SPECIAL or table.HARMLESS_VALUES.get(name) == _plain(words):
         line.note = line.note or "changes nothing at this value" if name not in SPECIAL else line.note
     elif why := table.why_dropped(name):
@@ -225,10 +231,16 @@ def _number(word: str) -> Any:
     return int(word) if word.isdigit() else number
 
 
+def _shape_name(call: Call, lines: list[Line]) -> str:
+    """A name for a command without a script: `pretrain_gpt_24x1024`."""
+    values = values_of(lines)
+    shape = [str(values[key]) for key in ("model.num_layers", "model.hidden_size") if key in values]
+    return "_".join(filter(None, [call.basename.removesuffix(".py"), "x".join(shape)]))
+
+
 def _needs(lines: list[Line]) -> str:
     values = values_of(lines)
     gpus = values.get("launch.nproc_per_node", 1) * values.get("launch.nnodes", 1)
-    paths = [values.get(key) for key in ("preprocess.input", "data.data_path", "data.train_data_path", "data.train", "generate.load", "checkpoint.load",
-                                         "tokenizer.vocab_file", "tokenizer.merge_file", "tokenizer.tokenizer_model")]  # fmt: skip
+    paths = [values.get(key) for key in NEEDED]
     named = [path if isinstance(path, str) else path[-1] for path in paths if path]
     return ", ".join(([f"{gpus} GPU{'s' * (gpus > 1)}"] if "model.num_layers" in values else []) + named)

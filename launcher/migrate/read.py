@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.migrate import convert, megatron, pai
+from launcher.migrate import convert, megatron, mindspore, pai
 from launcher.migrate.command import Call, no_such_program, take_apart
 from launcher.migrate.result import Migration
 from launcher.migrate.shell import Command, Script, read_script
@@ -21,15 +21,19 @@ POSITIONAL: dict[str, Callable[[Call], Migration]] = {
     "model_convertor.sh": convert.pai,
     "hf2megatron_convertor.sh": convert.pai,
     "hf2mcore_convertor.sh": convert.pai_mcore,
-    "ckpt_convert.sh": convert.mindspore,
-    "ckpt_convert_for_16p.sh": convert.mindspore,
-    "ckpt_convert_n_to_m.sh": convert.mindspore,
+    "ckpt_convert.sh": mindspore.mindspore,
+    "ckpt_convert_for_16p.sh": mindspore.mindspore,
+    "ckpt_convert_n_to_m.sh": mindspore.mindspore,
 }
 WITH_FLAGS: dict[str, Callable[[Call, str], Migration]] = {
     "pretrain_gpt.py": megatron.pretrain,
     "pretrain_yuan.py": megatron.pretrain,
     "run_text_generation_server.py": megatron.serve,
     "preprocess_data.py": megatron.preprocess,
+    "split_tp_partitions.py": convert.yuan_tool,
+    "merge_pp_partitions.py": convert.yuan_tool,
+    "merge_tp_partitions.py": convert.yuan_tool,
+    "convert_hf.py": convert.yuan_tool,
 }
 PARTITIONS = re.compile(r"ckpt_partitions_(51B|102B)\.sh")
 SERVERS = re.compile(r"run_inference_server_(2\.1B|51B|102B)\.sh")
@@ -79,7 +83,7 @@ def _command(command: Command, found: list[Migration], notes: list[str], depth: 
         if re.match(r"python", Path(command.words[0]).name) and name.endswith(".sh"):
             notes.append(f"{call.place}: a shell script started with {command.words[0]}, which cannot run it")
     elif name in WITH_FLAGS:
-        found.append(WITH_FLAGS[name](call, script or _shape_name(call)))
+        found.append(WITH_FLAGS[name](call, script))
     elif SERVERS.fullmatch(name) and not os.path.isfile(path):
         found.append(megatron.yuan_server(call, SERVERS.fullmatch(name).group(1)))
     elif depth < DEPTH and os.path.isfile(path) and not name.endswith(".py"):
@@ -109,13 +113,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the script cannot be read: {error}", str(path), "give a shell script's path") from None
-
-
-def _shape_name(call: Call) -> str:
-    """A name for a command without a script: `pretrain_gpt_24x1024`."""
-    words = dict(zip(call.arguments, call.arguments[1:]))
-    shape = [words[flag] for flag in ("--num-layers", "--hidden-size") if words.get(flag, "").isdigit()]
-    return "_".join([Path(call.basename).stem, "x".join(shape)]) if shape else Path(call.basename).stem
 
 
 def _name_apart(found: list[Migration]) -> None:

@@ -27,6 +27,7 @@ COMPARE = {
     "-le": operator.le,
 }
 
+
 @dataclass(frozen=True)
 class Command:
     """One simple command: its words, the variables set before it, and the line it begins on."""

@@ -87,8 +87,8 @@ def _yuan(lines: list[Line], verb: str) -> None:
     data = find(lines, "--data-path")
     if sft and data:
         sft.note = "yuan sft"
-        sft.trap = "the released *_sft.sh keep pretraining's learning rate and steps, and cut half of the documents at random. The paper "
-        sft.trap += "fine-tuned with optimizer.lr=8e-5 for training.epochs=4 (and training.train_iters=null)"
+        sft.trap = "the released *_sft.sh keep pretraining's learning rate and steps, and cut half of the documents at random. "
+        sft.trap += "The paper fine-tuned with optimizer.lr=8e-5 for training.epochs=4 (and training.train_iters=null)"
         prefix = data.value.split()[-1]
         data.became = {"data.train": f"{prefix}.jsonl"}
         data.lost = "yuan sft reads questions and answers as JSON lines, not token ids: give the file that they were made of"

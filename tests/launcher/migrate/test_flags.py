@@ -43,7 +43,9 @@ def command_of(loaded) -> list[str]:
 positive = st.integers(1, 10**6)
 share = st.floats(0, 0.99, allow_nan=False).map(lambda x: round(x, 6))
 rate = st.floats(1e-12, 1.0, allow_nan=False)
-path = st.text("abc _-/.0$'\"", min_size=1, max_size=12).filter(lambda text: not text.startswith("-") and text.strip() == text and "$" not in text)
+path = st.text("abc _-/.0$'\"", min_size=1, max_size=12).filter(
+    lambda text: not text.startswith("-") and text.strip() == text and "$" not in text
+)
 OPTIONAL = {
     "ffn-hidden-size": positive, "kv-channels": positive, "rotary-base": positive, "make-vocab-size-divisible-by": positive,
     "num-layers-per-virtual-pipeline-stage": positive, "distributed-timeout-minutes": positive, "global-batch-size": positive,

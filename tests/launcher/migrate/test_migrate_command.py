@@ -43,11 +43,24 @@ def test_ways_of_giving_a_command(migrated, here, words):
     assert ("line 3: `mkdir -p x` is no part of a recipe" in report) == ("run.sh" in words[-1])
 
 
+def test_options_of_the_old_command_are_its_own_without_dashes_before_it(yuan, here):
+    words = "bash ckpt_convert.sh -f distributed_weight_transfer -p fp16 -w 4 -sc /a_qkv -dc /b".split()
+    with_dashes, without = (yuan("migrate", "--output", "-", *dashes, *words) for dashes in (["--"], []))
+    assert without == with_dashes
+    assert "tensor_model_parallel_size: 4" in without
+    assert "num_layers: 2" in yuan("migrate", *GPT.split(), "--dry-run")
+    assert not list(here.iterdir())
+
+
 def test_a_script_takes_arguments_and_calls_others(migrated, here):
     (here / "outer.sh").write_text("DATA=$1\nexport LAYERS=6\nbash inner.sh $DATA ${2:-/vocab.json}\n")
     (here / "inner.sh").write_text(f"{GPT} --num-layers $LAYERS --data-path $1 --vocab-file $2\n")
     values, _ = migrated("bash", "outer.sh", "/data/text")
-    assert (values["model.num_layers"], values["data.data_path"], values["tokenizer.vocab_file"]) == (6, "/data/text", "/vocab.json")
+    assert (values["model.num_layers"], values["data.data_path"], values["tokenizer.vocab_file"]) == (
+        6,
+        "/data/text",
+        "/vocab.json",
+    )
 
 
 def test_several_commands_become_several_recipes(yuan, here):

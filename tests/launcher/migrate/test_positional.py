@@ -46,7 +46,10 @@ def replaced(command: str, at: int, value: str) -> list[str]:
 def test_both_orders_say_the_same_and_the_release_is_named(story):
     [old], _ = migrate(OLD[story].split())
     [new], _ = migrate(NEW[story].split())
-    assert (old.origin.split("order of ")[1], new.origin.split("order of ")[1]) == ("Pai-Megatron-Patch 0.5", "Pai-Megatron-Patch 0.6 and later")
+    assert (old.origin.split("order of ")[1], new.origin.split("order of ")[1]) == (
+        "Pai-Megatron-Patch 0.5",
+        "Pai-Megatron-Patch 0.6 and later",
+    )
     differ = {key for key in old.values.keys() | new.values.keys() if old.values.get(key) != new.values.get(key)}
     assert differ <= {"training.eval_interval"}
 
@@ -129,7 +132,9 @@ def test_tokens_that_bash_cannot_count_are_taken_as_meant():
     assert next(line for line in migration.lines if line.name == "TRAIN_TOKENS").trap
 
 
-@pytest.mark.parametrize(("pad", "path", "real"), [("80", "/data/text_document", 80), ("2049", "/d.json", None), ("128", "/d.json", 127)])
+@pytest.mark.parametrize(
+    ("pad", "path", "real"), [("80", "/data/text_document", 80), ("2049", "/d.json", None), ("128", "/d.json", 127)]
+)
 def test_the_length_of_samples_is_pad_len_and_the_recipes_is_seq_len(pad, path, real):
     words = replaced(" ".join(replaced(OLD["pretrain"], 10, pad)), 20, path)
     [migration], _ = migrate(words)
@@ -162,7 +167,9 @@ def test_extra_rows_of_the_vocabulary_come_out_exactly():
 
 def test_machines_of_a_cluster_are_its_environments():
     command = OLD["pretrain"].replace(" dsw ", " dlc ")
-    values = values_of(command, WORLD_SIZE="4", KUBERNETES_CONTAINER_RESOURCE_GPU="8", RANK="1", MASTER_ADDR="node0", MASTER_PORT="2222")
+    values = values_of(
+        command, WORLD_SIZE="4", KUBERNETES_CONTAINER_RESOURCE_GPU="8", RANK="1", MASTER_ADDR="node0", MASTER_PORT="2222"
+    )
     assert (values["launch.nnodes"], values["launch.nproc_per_node"], values["launch.node_rank"]) == (4, 8, 1)
     assert values["launch.rdzv_endpoint"] == "node0:2222"
     [migration], _ = migrate(command.split())
@@ -219,3 +226,23 @@ def test_the_twelve_documented_arguments_of_hf2mcore_are_told_what_they_did():
 def test_faults_of_the_others(command, words):
     fault = fault_of(command.split())
     assert all(word in fault for word in words), fault
+
+
+YUAN_TOOL = "python tools/{} --tensor-model-parallel-size 1 --target-tensor-model-parallel-size 8 --target-pipeline-model-parallel-size 32 "
+YUAN_TOOL += "--pipeline-generate-layer 0,1 --use-lf-gate --num-layers 84 --bf16 --load /mnt/102B/ --save ./mid --lr 0.0001"
+
+
+@pytest.mark.parametrize(("tool", "to", "traps"), [
+    ("split_tp_partitions.py", "yuan", 0), ("merge_tp_partitions.py", "yuan", 1), ("convert_hf.py", "hf", 1),
+])  # fmt: skip
+def test_yuans_conversion_tools_by_their_flags(tool, to, traps):
+    [migration], _ = migrate(YUAN_TOOL.format(tool).split())
+    assert migration.values == {
+        "convert.source": "/mnt/102B", "convert.target": "./mid", "convert.to": to,
+        "convert.tensor_model_parallel_size": 8, "convert.pipeline_model_parallel_size": 32,
+    }  # fmt: skip
+    assert len(migration.traps) == traps
+
+
+def test_yuans_conversion_tools_want_both_folders():
+    assert "--save is not given" in fault_of(YUAN_TOOL.format("merge_pp_partitions.py").replace("--save ./mid", "").split())

@@ -182,7 +182,9 @@ def test_yuans_conversion_with_its_variables(migrated, here, size, form):
 
 @pytest.mark.parametrize(("size", "target", "ranks"), [("102B", "./ckpt-102B-8tp", 8), ("51B", "./ckpt-51B-4tp", 4)])
 def test_yuans_server_with_its_variables(migrated, size, target, ranks):
-    values, report = migrated(f"CHECKPOINT_PATH={target}\nTOKENIZER_MODEL_PATH=./tokenizer\nPORT=8001\nbash examples/run_inference_server_{size}.sh")
+    values, report = migrated(
+        f"CHECKPOINT_PATH={target}\nTOKENIZER_MODEL_PATH=./tokenizer\nPORT=8001\nbash examples/run_inference_server_{size}.sh"
+    )
     assert values["generate.load"] == target
     assert values["serve.port"] == 8001
     assert values["launch.nproc_per_node"] == values["parallel.tensor_model_parallel_size"] == ranks

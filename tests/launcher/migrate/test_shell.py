@@ -22,7 +22,19 @@ def words(draw) -> str:
         plain,
         spaced.map(lambda text: f"'{text}'"),
         spaced.map(lambda text: f'"{text}"'),
-        st.sampled_from([f"${name}", f"${{{name}}}", f'"${name}"', f'"x ${{{name}}} y"', f"${{{name}:-d}}", f"'${name}'", r"\ ", r"\$A", '"\\$A\\\\"']),
+        st.sampled_from(
+            [
+                f"${name}",
+                f"${{{name}}}",
+                f'"${name}"',
+                f'"x ${{{name}}} y"',
+                f"${{{name}:-d}}",
+                f"'${name}'",
+                r"\ ",
+                r"\$A",
+                '"\\$A\\\\"',
+            ]
+        ),
         st.tuples(number, number, st.sampled_from("+-*")).map(lambda it: f"$(({it[0]} {it[2]} {it[1]}))"),
         st.just("$(( ($N + 2) * ${N} / 3 ))"),
         st.just('"a \\\n   b"'),
@@ -43,7 +55,7 @@ def scripts(draw) -> str:
         ])))  # fmt: skip
     lines.insert(0, "ARR=(one)")
     tail = " ".join(draw(st.lists(words(), max_size=4)))
-    return "\n".join([*lines, f"show first {tail} \\\n   \"${{ARR[@]}}\" ${{ARR[@]}} last"])
+    return "\n".join([*lines, f'show first {tail} \\\n   "${{ARR[@]}}" ${{ARR[@]}} last'])
 
 
 @settings(max_examples=60, deadline=None)

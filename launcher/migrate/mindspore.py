@@ -1,0 +1,102 @@
+"""ckpt_convert.sh and kin: weights for MindSpore on Ascend."""
+
+from __future__ import annotations
+
+from launcher.errors import UserError
+from launcher.migrate.command import Call
+from launcher.migrate.positional import WHOLE
+from launcher.migrate.result import Line, Migration
+
+OPTIONS = {
+    "-f": "--function", "-p": "--precision", "-w": "--world_size", "-y": "--yaml_path", "-d": "--dataset",
+    "-dp": "--dataset_path",
+    "-ts": "--train_strategy", "-is": "--infer_strategy", "-sc": "--src_ckpt_path", "-dc": "--dst_ckpt_path",
+    "-pp": "--pipeline_parallel", "-tm": "--transfer_mode",
+}  # fmt: skip
+FUNCTIONS = ("distributed_weight_transfer", "pt_to_ms", "train_to_infer")
+
+
+def mindspore(call: Call) -> Migration:
+    """ckpt_convert.sh, ckpt_convert_for_16p.sh and ckpt_convert_n_to_m.sh: weights for MindSpore on Ascend."""
+    given = _options(call)
+    function = given.get("--function", "distributed_weight_transfer")
+    if function not in FUNCTIONS:
+        what = "quantizing weights is missing in yuan" if function == "quant_weight" else f"there is no function {function!r}"
+        raise UserError(f"-f {function}: {what}", call.place, "functions that can be migrated: " + ", ".join(FUNCTIONS))
+    for needed in ("--world_size", "--src_ckpt_path"):
+        if not given.get(needed):
+            short = next(short for short, long in OPTIONS.items() if long == needed)
+            raise UserError(f"{short} ({needed}) is not given", call.place, f"add {short} VALUE")
+    width, source = given["--world_size"], given["--src_ckpt_path"].rstrip("/")
+    if not WHOLE.fits(width):
+        raise UserError(f"-w (--world_size) is {width!r}, and must be a whole number above 0", call.place, "2, 4, 8 or 16")
+    fused = "qkv" in f"{source} {given.get('--yaml_path', '')}"
+    target = given.get("--dst_ckpt_path", "").rstrip("/")
+    folder = f"{target or f'../ckpt/llama2_7b/qkv/{width}_llama-2-7b'}/fp16_{width}p{'_qkv' if fused else ''}"
+    lines = [_line(name, value, fused, folder, width) for name, value in given.items()]
+    if not target:
+        lines.append(
+            Line("fixed", "--dst_ckpt_path", "", {"convert.target": folder}, note="the simplified script's own folder")
+        )
+    layout = {"convert.fused_layout": "concat" if fused else "separate"}
+    trap = (
+        "the script undoes the fusion in equal thirds, which is wrong with fewer key/value heads (70B), and its errors go to "
+    )
+    trap += "./log while it prints 'Convert finish!'. yuan needs neither NPU nor a compiled model, and stops at a fault"
+    became = {"convert.to": "mindspore", "convert.pipeline_model_parallel_size": 1} | layout
+    lines.append(
+        Line(
+            "fixed",
+            "layout",
+            "qkv" if fused else "",
+            became,
+            "told by `qkv` in the paths" if fused else "no `qkv` in the paths",
+            trap,
+        )
+    )
+    return conversion(
+        call, lines, f"mindspore_to_{width}p", f"{call.basename}: {function}", f"Weights for MindSpore on {width} devices"
+    )
+
+
+def _options(call: Call) -> dict[str, str]:
+    given, words = {}, list(call.arguments)
+    while words:
+        name = words.pop(0)
+        name = OPTIONS.get(name, name)
+        if name not in OPTIONS.values():
+            raise UserError(
+                f"{name!r} is no option of {call.basename}",
+                call.place,
+                "options: " + ", ".join(f"{a} ({b})" for a, b in OPTIONS.items()),
+            )
+        if not words or words[0] in OPTIONS:
+            raise UserError(f"{name} has no value", call.place, f"write {name} VALUE")
+        given[name] = words.pop(0)
+    return given
+
+
+def _line(name: str, value: str, fused: bool, folder: str, width: str) -> Line:
+    line = Line("option", name, value)
+    if name == "--src_ckpt_path":
+        line.became = {"convert.source": value.rstrip("/")}
+    elif name == "--dst_ckpt_path":
+        line.became, line.note = {"convert.target": folder}, "the folder that the script writes below it"
+    elif name == "--world_size":
+        line.became = {"convert.tensor_model_parallel_size": int(width)}
+    elif name == "--precision":
+        ours = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}.get(value)
+        line.became = {"convert.dtype": ours} if ours else {}
+        line.lost = "" if ours else f"the precision {value} is missing: fp16, bf16 or fp32"
+    elif name == "--function":
+        line.note = "source and target say it"
+        line.lost = (
+            ""
+            if value != "train_to_infer"
+            else "a training's strategy file is not read: sources are folders with rank_0 and so on"
+        )
+    elif name == "--pipeline_parallel":
+        line.note = "the source's own stages are found out"
+    else:
+        line.note = "dropped: no model is compiled, so no configuration and no strategy file is needed"
+    return line
