@@ -74,3 +74,15 @@ def weights(case: Case) -> Iterator[Problem]:
             case.at("checkpoint.load"),
             "checkpoint.load=RUN_OR_CHECKPOINT, or take `yuan pretrain` to start from random ones",
         )
+
+
+def in_vain(case: Case) -> Iterator[Problem]:
+    """What only fine-tuning reads does nothing in pretraining."""
+    given = [key for key in ("training.epochs", "data.train", "data.valid") if case.given(key)]
+    if given:
+        yield Problem(
+            f"{' and '.join(given)} {'say' if len(given) > 1 else 'says'} nothing to pretraining",
+            case.at(*given),
+            "leave out what is of fine-tuning, or give a recipe for `yuan sft`",
+            "warning",
+        )

@@ -76,6 +76,12 @@ def test_fine_tunings_that_would_not_run(words, what, fix):
     assert what in problem.what and fix in problem.fix and problem.where
 
 
+def test_what_is_of_fine_tuning_does_nothing_in_pretraining():
+    loaded = load(["recipe=sft"])
+    found = check(loaded.recipe, loaded.sources, "pretrain")
+    assert [p.severity for p in found if "training.epochs and data.train say nothing to pretraining" in p.what] == ["warning"]
+
+
 def test_a_fine_tuning_counted_in_steps_needs_no_epochs():
     """Steps that are typed put the epochs of a recipe aside."""
     assert problems("sft", "training.train_iters=50") == []
