@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher.errors import UserError
 from launcher.migrate.command import Call
+from launcher.migrate.convert import conversion
 from launcher.migrate.positional import WHOLE
 from launcher.migrate.result import Line, Migration
 
