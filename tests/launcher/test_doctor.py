@@ -73,3 +73,9 @@ def test_wrong_sums_are_no_matter_of_speed():
     good = {"rank": 0, "gflops": 1.0, "matmul_right": True, "all_reduce_right": True, "all_reduce_gbs": 1.0, "fast": {}, "torch": []}
     lines = {one.name: one for one in ranks._lines([good, good | {"rank": 1, "all_reduce_right": False}], "cpu")}
     assert lines["all-reduce"].broken and lines["all-reduce"].text == "WRONG on rank 1" and not lines["matmul"].broken
+
+
+def test_the_doctor_and_the_engine_want_the_same_megatron():
+    from launcher.engine.cpu_port import MEGATRON_CORE
+
+    assert machine.MEGATRON_CORE == MEGATRON_CORE
