@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -211,27 +213,35 @@ def core_refusal(recipe: Recipe) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
-def _groups(recipe: Recipe) -> None:
-    """Process groups of the whole world, in one process: torch's fake backend sends nothing."""
+@contextmanager
+def one_process(world_size: int = 1) -> Iterator[None]:
+    """A world of so many ranks in this process: torch's fake backend sends nothing."""
     import torch
-    from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    hook = sys.excepthook  # torch puts one around it each time
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        sys.excepthook = hook
+
+
+def _groups(recipe: Recipe) -> None:
+    from megatron.core import parallel_state
 
     from launcher.engine.initialize import virtual_pipeline_size
 
-    p, hook = recipe.parallel, sys.excepthook  # torch puts one around it each time
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.derived.world_size)
-    try:
+    p = recipe.parallel
+    with one_process(recipe.derived.world_size), ExitStack() as at_end:
+        at_end.callback(parallel_state.destroy_model_parallel)
         parallel_state.initialize_model_parallel(
             p.tensor_model_parallel_size,
             p.pipeline_model_parallel_size,
             virtual_pipeline_size(recipe),
             create_gloo_process_groups=False,
         )
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        sys.excepthook = hook
 
 
 def _config(recipe: Recipe):
