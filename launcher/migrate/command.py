@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -13,6 +14,7 @@ from launcher.migrate.shell import ASSIGNMENT, Command
 
 UNKNOWN = re.compile(r"\$[A-Za-z0-9_({@*#?$!-]|`|<[A-Za-z][^<>]*>")
 SHELLS = {"sh", "bash", "zsh", "dash", "ksh"}
+BEGINS = re.compile(r"python[\d.]*|torchrun|\w*sh|.*\.(?:py|sh)")  # what srun starts, behind its own options
 BEFORE = {"nohup", "exec", "time", "sudo", "command", "env"}
 WITHOUT_VALUE = {"standalone", "use_env", "no_python", "m", "module", "run_path"}
 MEETING = {"master_addr", "master_port"}
@@ -29,6 +31,7 @@ class Call:
         launcher: what became of torchrun's own options.
         text: the whole command.
         line: of the script that it stands in; 0 on a command line.
+        shell: commands in a text of their own, behind `bash -c` or `eval`.
     """
 
     program: str
@@ -37,6 +40,7 @@ class Call:
     launcher: list[Line] = field(default_factory=list)
     text: str = ""
     line: int = 0
+    shell: str = ""
 
     @property
     def basename(self) -> str:
@@ -51,17 +55,23 @@ class Call:
 
 def take_apart(command: Command) -> Call:
     """A command's launcher, program and arguments; `bash`, `python`, `nohup`, `X=1` before it are taken off."""
-    import shlex
-
     words, variables = list(command.words), dict(command.variables)
     launcher: list[Line] = []
+    text = shlex.join(command.words)
     while words:
         first = PurePosixPath(words[0]).name
+        if first == "eval" or (first in SHELLS and "-c" in words[1:3]):
+            inner = " ".join(words[1:]) if first == "eval" else words[words.index("-c") + 1]
+            return Call(first, [], variables, launcher, text, command.line, inner)
         if hit := ASSIGNMENT.fullmatch(words[0]):
             variables[hit.group(1)] = hit.group(3)
             words.pop(0)
         elif first in BEFORE:
             words.pop(0)
+        elif first == "srun":
+            begins = [at for at, word in enumerate(words) if at and BEGINS.fullmatch(PurePosixPath(word).name)]
+            words = words[begins[0] :] if begins else words[1:]
+            launcher.append(Line("srun", "srun", "", note="dropped: launch.kind=slurm does it"))
         elif first in SHELLS:
             words = _without_options(words[1:])
         elif re.fullmatch(r"python[\d.]*", first):
@@ -69,11 +79,12 @@ def take_apart(command: Command) -> Call:
             if words[:1] == ["-m"] and len(words) > 1:
                 words = ["torchrun", *words[2:]] if words[1].startswith("torch.distributed.") else words[1:]
         elif first == "torchrun":
-            launcher, words = _launcher(words[1:])
+            more, words = _launcher(words[1:])
+            launcher += more
         else:
             break
     program = words[0] if words else ""
-    return Call(program, words[1:], variables, launcher, shlex.join(command.words), command.line)
+    return Call(program, words[1:], variables, launcher, text, command.line)
 
 
 def _without_options(words: list[str], keep: str = "") -> list[str]:

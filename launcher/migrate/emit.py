@@ -177,6 +177,8 @@ def remarks(loaded: Loaded) -> list[str]:
         )
     if recipe.derived.device == "cpu":
         texts.append("Megatron-LM needs GPUs; this recipe was resolved for a CPU. For GPUs add launch.device=cuda")
+    if recipe.launch.kind == "slurm":
+        texts.append("launch.kind=slurm: start this on every machine, with its own --node_rank")
     expressed = {flag.key for flag in flags().values()} | SAID_OTHERWISE
     for key, source in sources.items():
         group, leaf = key.split(".")

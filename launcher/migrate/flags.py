@@ -59,6 +59,11 @@ SERVER = {
 TORCHRUN = {"nproc_per_node": "launch.nproc_per_node", "nnodes": "launch.nnodes", "node_rank": "launch.node_rank",
             "max_restarts": "launch.max_restarts", "rdzv_endpoint": "launch.rdzv_endpoint"}  # fmt: skip
 
+TOKENS = {  # of forks that count in tokens
+    "--train-tokens": "training.train_tokens", "--lr-decay-tokens": "optimizer.lr_decay_tokens",
+    "--lr-warmup-tokens": "optimizer.lr_warmup_tokens",
+}  # fmt: skip
+
 # Flags that stand for fixed values of keys.
 MEANS: dict[str, dict[str, Any]] = {
     "--bf16": {"training.precision": "bf16"},
@@ -233,7 +238,7 @@ def flags() -> dict[str, Flag]:
 @cache
 def tool_flags(tool: str) -> dict[str, Flag]:
     """The same for `preprocess` and `serve`, whose own meanings come before those of a training."""
-    own = {"preprocess": PREPROCESS, "serve": SERVER}.get(tool, {})
+    own = TOKENS | {"preprocess": PREPROCESS, "serve": SERVER}.get(tool, {})
     return flags() | {name: Flag(name, key, kind_of(key)) for name, key in own.items()}
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.migrate import convert, megatron, mindspore, pai
+from launcher.migrate import convert, megatron, mindspore, pai, slurm
 from launcher.migrate.command import Call, no_such_program, take_apart
-from launcher.migrate.result import Migration
+from launcher.migrate.result import Line, Migration
 from launcher.migrate.shell import Command, Script, read_script
 
 POSITIONAL: dict[str, Callable[[Call], Migration]] = {
@@ -35,6 +35,7 @@ WITH_FLAGS: dict[str, Callable[[Call, str], Migration]] = {
     "merge_tp_partitions.py": convert.yuan_tool,
     "convert_hf.py": convert.yuan_tool,
 }
+TRAINERS = re.compile(r"pretrain_(?:gpt\w*|yuan\w*|(?:megatron_|mcore_)?llama\w*)\.py")  # the same flags, under other names
 PARTITIONS = re.compile(r"ckpt_partitions_(51B|102B)\.sh")
 SERVERS = re.compile(r"run_inference_server_(2\.1B|51B|102B)\.sh")
 OF_YUAN = ["ckpt_partitions_51B.sh", "ckpt_partitions_102B.sh"]
@@ -55,57 +56,84 @@ def migrate(words: list[str]) -> tuple[list[Migration], list[str]]:
     Raises:
         UserError: nothing in it can be migrated, or an argument has a value that it cannot have.
     """
+    words = [word for word in words if word.strip()]
     if not words:
         raise UserError("there is no command", "the command line", "yuan migrate -- sh run_pretrain_megatron_llama.sh dsw …")
-    found: list[Migration] = []
-    notes: list[str] = []
+    finder = _Finder()
     if len(words) == 1 and re.search(r"\s", words[0]) and not os.path.exists(words[0]):
-        _script(read_script(words[0]), "command", found, notes, 0)
+        finder.script(words[0], "the text given", read_script(words[0]))
     else:
-        _command(Command([word for word in words if word.strip()], 0, {}), found, notes, 0, "")
-    _name_apart(found)
-    return found, notes
+        finder.command(Command(words))
+    _name_apart(finder.found)
+    return finder.found, finder.notes
 
 
-def _command(command: Command, found: list[Migration], notes: list[str], depth: int, script: str) -> bool:
-    """Migrate one command; False where it is none that is known. `script` names the file that it stands in."""
-    call = take_apart(command)
-    name, path = call.basename, Path(call.program)
-    if PARTITIONS.fullmatch(name):
-        if os.path.isfile(path):
-            call.variables |= {
-                key: value for key, value in read_script(_text(path)).variables.items() if isinstance(value, str)
-            }
-        found.append(convert.yuan(call))
-    elif name in POSITIONAL:
-        call.arguments = [word for word in call.arguments if word != "&"]
-        found.append(POSITIONAL[name](call))
-        if re.match(r"python", Path(command.words[0]).name) and name.endswith(".sh"):
-            notes.append(f"{call.place}: a shell script started with {command.words[0]}, which cannot run it")
-    elif name in WITH_FLAGS:
-        found.append(WITH_FLAGS[name](call, script))
-    elif SERVERS.fullmatch(name) and not os.path.isfile(path):
-        found.append(megatron.yuan_server(call, SERVERS.fullmatch(name).group(1)))
-    elif depth < DEPTH and os.path.isfile(path) and not name.endswith(".py"):
-        variables = dict(call.variables)
-        _script(read_script(_text(path), dict(variables), call.arguments), path.stem, found, notes, depth + 1)
-    elif not command.line:
-        raise no_such_program(call, KNOWN)
-    else:
-        return False
-    return True
+class _Finder:
+    """Walks through scripts and the scripts that they call.
 
+    Attributes:
+        found: a migration for each command that is known.
+        notes: what was left out.
+        files: the scripts that are being read, the outermost first.
+        slurm: what the outermost script's #SBATCH lines say.
+    """
 
-def _script(script: Script, name: str, found: list[Migration], notes: list[str], depth: int) -> None:
-    notes += [f"{name}, line {line}: {text}" for line, text in script.notes]
-    before = len(found)
-    file = "" if name == "command" else name
-    rest = [one for one in script.commands if not _command(one, found, notes, depth, file)]
-    if len(found) == before and depth <= 1:
-        names = [take_apart(command).basename for command in script.commands]
-        what = f"no command in it can be migrated; it has {', '.join(names) or 'none'}"
-        raise UserError(what, name, f"known are: {', '.join(KNOWN)}")
-    notes += [f"{name}, line {one.line}: `{' '.join(one.words)[:60]}` is no part of a recipe" for one in rest]
+    def __init__(self) -> None:
+        self.found: list[Migration] = []
+        self.notes: list[str] = []
+        self.files: list[str] = []
+        self.slurm: list[Line] = []
+
+    def command(self, command: Command) -> bool:
+        """Migrate one command; False where it is none that is known."""
+        call = take_apart(command)
+        path, name = Path(call.program), call.basename
+        if call.shell:
+            self.script(call.shell, "", read_script(call.shell, call.variables))
+        elif not self._known(call, name, path):
+            if len(self.files) >= DEPTH or not os.path.isfile(path) or name.endswith(".py"):
+                if command.line:
+                    return False
+                raise no_such_program(call, KNOWN)
+            given = {key: value for key, value in call.variables.items() if key in command.inherited or not command.line}
+            text = _text(path)
+            self.script(text, path.stem, read_script(text, given, call.arguments))
+        return True
+
+    def _known(self, call: Call, name: str, path: Path) -> bool:
+        """Whether the program is one of those that are migrated without reading on; then it is."""
+        handler = WITH_FLAGS.get(name) or (megatron.pretrain if TRAINERS.fullmatch(name) else None)
+        if PARTITIONS.fullmatch(name):
+            inside = read_script(_text(path)).variables if os.path.isfile(path) else {}
+            call.variables |= {key: value for key, value in inside.items() if isinstance(value, str)}
+            self.found.append(convert.yuan(call))
+        elif name in POSITIONAL:
+            self.found.append(POSITIONAL[name](call))
+            if call.text.startswith("python"):
+                self.notes.append(f"{call.place}: a shell script started with python, which cannot run it")
+        elif handler:
+            call.launcher = slurm.joined(self.slurm, call.launcher)
+            self.found.append(handler(call, next((file for file in reversed(self.files) if file), "")))
+        elif SERVERS.fullmatch(name) and not os.path.isfile(path):
+            self.found.append(megatron.yuan_server(call, SERVERS.fullmatch(name).group(1)))
+        else:
+            return False
+        return True
+
+    def script(self, text: str, name: str, script: Script) -> None:
+        """Every command of a script; `name` is its file's, or empty for `bash -c` and `eval`."""
+        where = name or "bash -c"
+        self.notes += [f"{where}, line {line}: {note}" for line, note in script.notes]
+        self.slurm = self.slurm or slurm.directives(text)
+        before, outermost = len(self.found), not self.files
+        self.files.append("" if name == "the text given" else name)
+        rest = [one for one in script.commands if not self.command(one)]
+        self.files.pop()
+        if len(self.found) == before and outermost:
+            names = [take_apart(command).basename for command in script.commands]
+            what = f"no command in it can be migrated; it has {', '.join(names) or 'none'}"
+            raise UserError(what, where, f"known are: {', '.join(KNOWN)}")
+        self.notes += [f"{where}, line {one.line}: `{' '.join(one.words)[:60]}` is no part of a recipe" for one in rest]
 
 
 def _text(path: Path) -> str:

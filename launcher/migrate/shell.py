@@ -30,11 +30,12 @@ COMPARE = {
 
 @dataclass(frozen=True)
 class Command:
-    """One simple command: its words, the variables set before it, and the line it begins on."""
+    """One simple command: its words, the line it begins on, the variables set before it, and which of them it inherits."""
 
     words: list[str]
-    line: int
-    variables: dict[str, str]
+    line: int = 0
+    variables: dict[str, str] = field(default_factory=dict)
+    inherited: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Script:
     commands: list[Command] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
     variables: Variables = field(default_factory=dict)
+    exported: set[str] = field(default_factory=set)
 
 
 def read_script(text: str, variables: Variables | None = None, arguments: list[str] | None = None) -> Script:
@@ -60,7 +62,7 @@ def read_script(text: str, variables: Variables | None = None, arguments: list[s
         variables: set before it starts.
         arguments: its `$1`, `$2`, …
     """
-    script = Script(variables=dict(variables or {}))
+    script = Script(variables=dict(variables or {}), exported=set(variables or {}))
     script.variables |= {str(number): word for number, word in enumerate(arguments or [], 1)}
     if arguments:
         script.variables["@"] = list(arguments)
@@ -225,7 +227,8 @@ class _Reader:
             return
         declared = tokens[0] in DECLARE
         if declared:
-            tokens = [token for token in tokens[1:] if not token.startswith("-")]
+            exports, tokens = tokens[0] == "export", [token for token in tokens[1:] if not token.startswith("-")]
+            self.script.exported |= {re.match(rf"{NAME}|", token).group() for token in tokens if exports}
         before: Variables = {}
         while tokens and (hit := ASSIGNMENT.fullmatch(tokens[0])):
             name, adds, raw = hit.groups()
@@ -240,7 +243,8 @@ class _Reader:
         if words:
             flat = {**variables, **before}
             known = {name: value if isinstance(value, str) else " ".join(value) for name, value in flat.items()}
-            self.script.commands.append(Command([word.replace(BLANK, " ") for word in words], statement.line, known))
+            inherited = frozenset(self.script.exported | before.keys())
+            self.script.commands.append(Command([word.replace(BLANK, " ") for word in words], statement.line, known, inherited))
 
 
 def _assigned(raw: str, variables: Variables) -> str | list[str]:

@@ -161,6 +161,7 @@ def lines_of(flags: str) -> dict:
     ("--tokenizer-type Llama2Tokenizer", {"tokenizer.type": "SentencePieceTokenizer"}),
     ("--disable-bias-linear", {"model.add_bias_linear": False}),
     ("--normalization RMSNorm --swiglu --position-embedding-type rope", {"model.family": "llama"}),
+    ("--lr-warmup-tokens 1000", {"optimizer.lr_warmup_tokens": 1000}),
     ("--lr=3e-4", {"optimizer.lr": 3e-4}),
     ("--pretrained-no --seed 1 --seed 2", {"training.seed": 2}),
 ])  # fmt: skip

@@ -128,3 +128,39 @@ def test_the_documentation_of_every_flag_is_a_key():
 
     assert {flag.key for flag in flags().values()} <= table().keys()
     assert Path(SCRIPT).is_file()
+
+
+SLURM = """#!/bin/bash
+#SBATCH -A my_account
+#SBATCH --partition=batch
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=2-00:00:00
+#SBATCH --exclusive
+#SBATCH --job-name=gpt
+export MASTER_ADDR=$(scontrol show hostnames | head -n 1)
+OPTIONS=" --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32"
+run_cmd="cd /code && torchrun --nnodes $SLURM_NNODES --nproc_per_node 8 --master_addr $MASTER_ADDR pretrain_gpt.py ${OPTIONS}"
+"""
+
+
+@pytest.mark.parametrize("call", ['srun -l --container-image x.sqsh sh -c "${run_cmd}"', "eval $run_cmd", 'bash -c "$run_cmd"'])
+def test_a_batch_script_becomes_a_recipe_for_slurm(migrated, here, call):
+    (here / "train.sbatch").write_text(SLURM + call + "\n")
+    values, report = migrated("train.sbatch")
+    expected = {
+        "launch.kind": "slurm", "launch.nnodes": 4, "launch.nproc_per_node": 8, "slurm.account": "my_account",
+        "slurm.partition": "batch", "slurm.time": "2-00:00:00", "slurm.sbatch_args": ["--exclusive"], "model.num_layers": 2,
+    }  # fmt: skip
+    assert {key: values.get(key) for key in expected} == expected
+    assert "launch.rdzv_endpoint" not in values
+    assert "could not be carried over" not in report
+
+
+def test_a_variable_that_is_not_exported_does_not_reach_another_script(migrated, here):
+    (here / "outer.sh").write_text("HIDDEN=8\nexport SEEN=9\nSET=10 bash inner.sh\n")
+    (here / "inner.sh").write_text(f"{GPT} --seed $SEEN --eval-iters $SET --log-interval $HIDDEN\n")
+    values, report = migrated("outer.sh")
+    assert (values["training.seed"], values["training.eval_iters"]) == (9, 10)
+    assert "$HIDDEN is set nowhere here" in report
