@@ -14,7 +14,6 @@ from launcher.recipe.check_memory import missing
 from launcher.recipe.check_model import REQUIRED
 from launcher.recipe.estimate.change import Change, changed, words
 from launcher.recipe.estimate.layouts import Layout, Search, search
-from launcher.recipe.estimate.memory import BAND
 from launcher.recipe.estimate.report import duration, gib
 from launcher.recipe.estimate.stages import chunks
 from launcher.recipe.estimate.time import Step, peak_flops
@@ -24,11 +23,11 @@ from launcher.recipe.size import flops_per_token, parameters
 from launcher.recipe.verb import verb_of
 
 WHY = {  # parts of a step that another layout could save
-    "recompute": "recomputation",
-    "bubble": "pipeline bubble",
-    "tensor": "TP sums",
-    "pipeline": "stage to stage",
-    "data": "DP sums",
+    "recompute": "recompute",
+    "bubble": "bubble",
+    "tensor": "TP",
+    "pipeline": "PP",
+    "data": "DP",
 }
 BROKEN = {  # rules of `check` → what they say of a layout
     "world": "GPUs not divisible by TP x PP",
@@ -52,6 +51,9 @@ def plan(
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Layouts to show.")] = 8,
 ) -> None:
     """Propose layouts (TP, PP, micro-batch, recomputation) that fit launch.gpu_memory_gib, the fastest first.
+
+    Memory is estimated within 10 %, and a layout must leave that much free. Time is a simple model of machines of A100
+    with NVLink and a 200 Gb/s adapter per GPU (launcher/recipe/estimate/time.py). The global batch stays what it is.
 
     \b
     Examples:
@@ -87,7 +89,8 @@ def loaded_on(typed: list[str], gpus: int | None, per_node: int | None) -> Loade
     unknown = missing(Case(loaded.recipe, loaded.sources), *REQUIRED, *NEEDED)
     fixes = {"derived.vocab_size": "add tokenizer.vocab_size=…, or let the recipe name the tokenizer's files"}
     fixes["launch.gpu_memory_gib"] = "add launch.gpu_memory_gib=80, or what one of the GPUs has"
-    raise_all([UserError(f"{key} is not known", "a layout cannot be planned without it", fixes.get(key, f"add {key}=…")) for key in unknown])
+    why_needed = "a layout cannot be planned without it"
+    raise_all([UserError(f"{key} is not known", why_needed, fixes.get(key, f"add {key}=…")) for key in unknown])
     return loaded
 
 
@@ -96,7 +99,9 @@ def headline(loaded: Loaded) -> str:
     r = loaded.recipe
     t, launch = r.training, r.launch
     machines = f"{launch.nnodes} x {launch.nproc_per_node} GPUs of {launch.gpu_memory_gib:g} GiB"
-    peak = f"{peak_flops(r) / 1e12:g} TFLOP/s" + ("" if launch.gpu_peak_tflops else ", an A100's, as launch.gpu_peak_tflops is not given")
+    peak = f"{peak_flops(r) / 1e12:g} TFLOP/s"
+    if not launch.gpu_peak_tflops:
+        peak += ", an A100's, as launch.gpu_peak_tflops is not given"
     batch = f"{t.global_batch_size:,} samples of {t.seq_length:,} tokens a step"
     return f"{loaded.name}: {parameters(r) / 1e9:,.1f} B parameters, {t.precision}, {batch}\non {machines}, {peak}"
 
@@ -122,7 +127,7 @@ def table(layouts: list[Layout]) -> list[str]:
             ]
         )
     columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lost = ["of a step", *(why(one.step) for one in layouts)]
+    lost = ["lost to", *(why(one.step) for one in layouts)]
     return [
         "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True)) + f"  {text}"
         for row, text in zip(rows, lost, strict=True)
@@ -148,7 +153,7 @@ def mfu(layout: Layout) -> float:
 def why(step: Step) -> str:
     """Where another layout could save time: every part of a step above 2 %, the largest first."""
     parts = sorted(((step.share(part), name) for part, name in WHY.items()), reverse=True)
-    return ", ".join(f"{name} {share:.0%}" for share, name in parts if share >= 0.02) or "nearly all arithmetic"
+    return ", ".join(f"{name} {share:.0%}" for share, name in parts if share >= 0.02) or "little"
 
 
 def after(loaded: Loaded, found: Search) -> list[str]:
@@ -163,14 +168,16 @@ def after(loaded: Loaded, found: Search) -> list[str]:
     }
     faults = [problem for problem in check(best.recipe, loaded.sources, verb_of(loaded)) if problem.severity == "error"]
     if faults:
-        texts["besides"] = f"yuan check finds {len(faults)} more error{'s' * (len(faults) > 1)}: " + "; ".join(one.what for one in faults)
-    texts["assumed"] = f"memory within {BAND:.0%}; seconds by a simple model, see launcher/recipe/estimate/time.py: they rank, they do not promise"
+        found_too = "; ".join(one.what for one in faults)
+        texts["besides"] = f"yuan check finds {len(faults)} more error{'s' * (len(faults) > 1)}: {found_too}"
+    texts["time"] = "seconds rank layouts and promise nothing; lost to: layers recomputed, pipeline bubble, communication of TP, PP, DP"
     return [line for name, text in texts.items() for line in wrapped(name, text)]
 
 
 def wrapped(name: str, text: str) -> list[str]:
     """Lines of 100 columns; words to copy stay whole."""
-    return textwrap.wrap(text, 100, initial_indent=f"{name:<9}", subsequent_indent=" " * 9, break_on_hyphens=False, break_long_words=False)
+    indents = {"initial_indent": f"{name:<9}", "subsequent_indent": " " * 9}
+    return textwrap.wrap(text, 100, **indents, break_on_hyphens=False, break_long_words=False)
 
 
 def fell(loaded: Loaded, found: Search) -> str:
@@ -187,8 +194,8 @@ def nothing_fits(loaded: Loaded, found: Search) -> list[str]:
         r = found.nearest.recipe
         p = r.parallel
         lines.append(
-            f"nearest  TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} x DP {r.derived.data_parallel_size},"
-            f" micro-batch {r.training.micro_batch_size}, recomputing {recompute(r)}: {gib(found.nearest.memory)} GiB"
+            f"nearest  TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
+            f" x DP {r.derived.data_parallel_size}, micro-batch {r.training.micro_batch_size}, recomputing {recompute(r)}: {gib(found.nearest.memory)} GiB"
         )
     launch = loaded.recipe.launch
     for times in (2, 4, 8, 16):

@@ -203,6 +203,8 @@ def _sharded_state(recipe: Recipe, state: TrainState, loading: bool, with_optimi
     if with_optimizer:
         models = {key: sharded[key] for key in _chunk_keys(state.chunks)}
         sharded["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        if sharded["optimizer"].get("param_state", ()) is None:
+            del sharded["optimizer"]["param_state"]  # data-parallel rank 0 alone gathered it, and saves it
     if with_rng:
         sharded["rng_state"] = ShardedObject(
             "rng_state",

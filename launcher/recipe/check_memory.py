@@ -72,7 +72,8 @@ def need(recipe: Recipe, stages: list[Memory]) -> int:
     others = stage_memory(recipe, saves=False)
     first = launch.node_rank * launch.nproc_per_node
     ranks = range(first, first + launch.nproc_per_node)  # Megatron's order: TP, then DP, then PP
-    return sum((others if rank // tp % d.data_parallel_size else stages)[rank * len(stages) // d.world_size].total for rank in ranks)
+    each = [(others if rank // tp % d.data_parallel_size else stages)[rank * len(stages) // d.world_size] for rank in ranks]
+    return sum(one.total for one in each)
 
 
 def remedy(case: Case, limit: float) -> str:
@@ -85,7 +86,8 @@ def remedy(case: Case, limit: float) -> str:
         tried += 1
         if need(altered, stage_memory(altered)) <= limit * (1 - BAND):
             return words(change, case.recipe)
-    more = "more GPUs: `yuan plan recipe=… --gpus N`" if case.recipe.derived.device == "cuda" else "a smaller model or fewer processes"
+    on_gpu = case.recipe.derived.device == "cuda"
+    more = "more GPUs: `yuan plan recipe=… --gpus N`" if on_gpu else "a smaller model or fewer processes"
     return f"{more}; none of {tried} changes to sharing, micro-batch and recomputation fits"
 
 

@@ -28,7 +28,8 @@ def parameters(recipe: Recipe) -> int:
     """Trainable numbers of the whole model, the padded vocabulary's included."""
     m = recipe.model
     tables = 2 if m.untie_embeddings_and_output_weights else 1
-    return m.num_layers * sum(layer_parameters(recipe)) + tables * vocabulary_table(recipe) + position_table(recipe) + norm(recipe)
+    around = tables * vocabulary_table(recipe) + position_table(recipe) + norm(recipe)
+    return m.num_layers * sum(layer_parameters(recipe)) + around
 
 
 def layer_parameters(recipe: Recipe) -> tuple[int, int]:

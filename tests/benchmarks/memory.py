@@ -25,7 +25,6 @@ from launcher.launch.machines import Alone
 from launcher.launch.torchrun import environment
 from launcher.recipe import load
 from launcher.recipe.estimate.memory import stage_memory
-from launcher.recipe.schema import Recipe
 
 COMMON = """tokenizer.type=NullTokenizer launch.device=cpu training.seq_length=512
 optimizer.lr_decay_iters=null"""
@@ -37,19 +36,20 @@ LLAMA = """recipe=quickstart model.num_layers=8 model.hidden_size=1024 model.num
 model.ffn_hidden_size=2816 tokenizer.vocab_size=16383 training.micro_batch_size=2 training.global_batch_size=8
 launch.nproc_per_node=1"""
 TWO, FULL = "launch.nproc_per_node=2", "parallel.recompute_granularity=full parallel.recompute_num_layers=1"
+PP_2 = "parallel.pipeline_model_parallel_size=2"
 CASES = {
     "gpt": f"{GPT} {FUSED}",
     "gpt, dropout": GPT,
     "gpt, dropout, selective": f"{GPT} parallel.recompute_granularity=selective",
     "gpt, TP 2": f"{GPT} {FUSED} {TWO} parallel.tensor_model_parallel_size=2",
-    "gpt, PP 2": f"{GPT} {FUSED} {TWO} parallel.pipeline_model_parallel_size=2",
+    "gpt, PP 2": f"{GPT} {FUSED} {TWO} {PP_2}",
     "gpt, DP 2, distributed optimizer": f"{GPT} {FUSED} {TWO} parallel.use_distributed_optimizer=true",
     "llama": LLAMA,
     "llama, bf16": f"{LLAMA} training.precision=bf16",
     "llama, bf16, full uniform": f"{LLAMA} training.precision=bf16 {FULL} parallel.recompute_method=uniform",
     "llama, full block": f"{LLAMA} {FULL} parallel.recompute_method=block",
     "llama, TP 2, sequence parallel": f"{LLAMA} {TWO} parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
-    "llama, PP 2, interleaved": f"{LLAMA} {TWO} parallel.pipeline_model_parallel_size=2 parallel.num_layers_per_virtual_pipeline_stage=2",
+    "llama, PP 2, interleaved": f"{LLAMA} {TWO} {PP_2} parallel.num_layers_per_virtual_pipeline_stage=2",
 }
 
 
@@ -76,6 +76,7 @@ def measure(words: list[str]) -> list[Peaks]:
             subprocess.Popen(
                 [sys.executable, "-m", "tests.benchmarks.memory", "--rank", folder, *words],
                 env=environment(recipe, rank, machine),
+                cwd=Path(__file__).parents[2],
                 stdout=subprocess.DEVNULL,
             )
             for rank in range(ranks)
@@ -150,24 +151,22 @@ def live_tensors():
     return Live()
 
 
-def report(name: str, recipe: Recipe, peaks: list[Peaks]) -> None:
+def report(name: str, peaks: list[Peaks]) -> None:
     """One line per stage: its fullest rank."""
     for stage in sorted({one.stage for one in peaks}):
         ranks = [one for one in peaks if one.stage == stage]
         process, tensors = max(one.process for one in ranks), max(one.tensors for one in ranks)
         label = name if len(peaks) == len(ranks) else f"{name}, stage {stage}"
-        print(
-            f"  {label:<40} {process / 2**30:6.2f} {ranks[0].estimate_process / 2**30:6.2f} {ranks[0].estimate_process / process - 1:+5.0%}"
-            f"   {tensors / 2**30:6.2f} {ranks[0].estimate_tensors / 2**30:6.2f} {ranks[0].estimate_tensors / tensors - 1:+5.0%}",
-            flush=True,
-        )
+        pairs = ((process, ranks[0].estimate_process), (tensors, ranks[0].estimate_tensors))
+        cells = (f"{took / 2**30:8.2f} {said / 2**30:8.2f} {said / took - 1:+5.0%}" for took, said in pairs)
+        print(f"  {label:<34}", *cells, flush=True)
 
 
 def main(words: list[str]) -> None:
-    print(f"memory, GiB              {'':<18} process estimate     tensors estimate", flush=True)
+    print(f"memory, GiB{'':<25}  process estimate        tensors estimate", flush=True)
     cases = {"yours": " ".join(words)} if words else CASES
     for name, case in cases.items():
-        report(name, load([*COMMON.split(), *case.split()]).recipe, measure(case.split()))
+        report(name, measure(case.split()))
 
 
 if __name__ == "__main__":

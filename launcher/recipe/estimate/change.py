@@ -59,8 +59,8 @@ def broken_rules(recipe: Recipe, sources: dict[str, str]) -> Iterator[Problem]:
 
 def words(change: Change, recipe: Recipe) -> str:
     """A change as words of the command line; what the recipe has already is left out."""
-    pairs = ((key, value, key.split(".")) for key, value in change.items())
-    return " ".join(f"{key}={_shown(value)}" for key, value, (group, leaf) in pairs if getattr(getattr(recipe, group), leaf) != value)
+    case = Case(recipe, {})
+    return " ".join(f"{key}={_shown(value)}" for key, value in change.items() if case.value(key) != value)
 
 
 def _shown(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from launcher.recipe.estimate.change import RULES, Change, changed
@@ -65,7 +65,7 @@ def search(recipe: Recipe, sources: dict[str, str]) -> Search:
             found.broken[broken] += 1
             continue
         for recompute in recomputations(plain):
-            one = replace(plain, parallel=replace(plain.parallel, **{key.split(".")[1]: value for key, value in recompute.items()}))
+            one = changed(plain, recompute)
             needed = max(stage.total for stage in stage_memory(one))
             if needed <= limit:
                 found.fitting.append(Layout(shape | recompute, one, needed, step(one)))

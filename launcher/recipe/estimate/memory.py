@@ -5,7 +5,7 @@ Which moment is the fullest depends on the shapes, so each is reckoned and the f
     loss      the last stage has its logits, and all that its forward passes kept
     layer     the first layer of the backward pass makes its gradients; with recomputation its activations come anew
     end       the gradient of the vocabulary's table is whole, the activations are gone
-    update    the optimizer; in fp16 it makes fp32 copies of the gradients
+    update    in fp16 the optimizer makes fp32 copies of the gradients; gloo copies those that it shares out
     save      on a CPU: what a checkpoint is written from; data-parallel rank 0 gathers the distributed optimizer's state
 """
 
@@ -157,8 +157,11 @@ def _end(recipe: Recipe, stage: list[Chunk]) -> int:
 
 
 def _update(recipe: Recipe, count: int) -> int:
-    share = recipe.derived.data_parallel_size if recipe.parallel.use_distributed_optimizer else 1
-    return 4 * count // share if recipe.training.precision == "fp16" else 0
+    p, d = recipe.parallel, recipe.derived
+    shared_out = p.use_distributed_optimizer and d.data_parallel_size > 1
+    copies = 4 * count // (d.data_parallel_size if p.use_distributed_optimizer else 1) if recipe.training.precision == "fp16" else 0
+    gradients = int(bytes_per_parameter(recipe)[1] * count)
+    return max(copies, gradients if shared_out and d.device == "cpu" else 0)
 
 
 def _save(recipe: Recipe, stage: list[Chunk], count: int) -> int:

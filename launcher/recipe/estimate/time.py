@@ -1,7 +1,7 @@
-"""Days of a training from the share of the GPUs' peak that it reaches, and a step's time from where that share goes.
+"""Days of a training from the share of the GPUs' peak that it reaches, and what a step's time is spent on.
 
-`training_seconds` takes the share as given (launch.mfu). `step` tells layouts apart: it is a model of seven constants, good for an
-order of layouts and rough in seconds. Its communication is not overlapped with arithmetic.
+`training_seconds` takes the share as given (launch.mfu). `step` tells layouts apart: a model of a few constants, good for
+an order of layouts and rough in seconds. None of its communication is hidden behind arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ A100_TFLOPS = 312.0  # dense bf16 and fp16, where launch.gpu_peak_tflops is not 
 # Of one A100 machine with NVLink and a 200 Gb/s adapter per GPU; a step's order of layouts hardly changes on an H100,
 # whose links and arithmetic are both faster.
 WITHIN, BETWEEN = 200e9, 20e9  # bytes/s that one GPU reaches within a machine, and between machines
-MATRIX = 0.75  # of the peak that a large matrix product reaches with what lies between products
+MATRIX = 0.68  # of the peak, of large products and what lies between them: Yuan 2.0 102B then takes its published 238 s a step
 FEW_TOKENS, NARROW = 256, 128  # rows of a micro-batch, columns per rank, at which a product reaches half of that
 LATENCY = 20e-6  # seconds of starting one collective or one kernel-bound pass through a layer's seams
 

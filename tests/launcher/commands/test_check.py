@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from data_tools.indexed import IndexedWriter
 from launcher.cli import app
+from launcher.recipe import load
+from launcher.run.folder import open_run
 from tests.data_tools.samples import small_gpt2
 
 TINY = """# Tiny
@@ -18,6 +20,7 @@ tokenizer: {type: NullTokenizer, vocab_size: 50}
 data: {data_path: data_text_document, split: '8,2,0'}
 launch: {device: cpu, nproc_per_node: 2}
 """
+ESTIMATE = ("  memory", "  arithmetic", "  assumed")  # tests/launcher/recipe/test_estimate.py
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def check(tmp_path, monkeypatch):
 def test_a_recipe_that_would_run(check):
     code, text = check("recipe=./tiny.yaml")
     assert code == 0
-    assert [line.split(maxsplit=1)[1] for line in text.splitlines()] == [
+    assert [line.split(maxsplit=1)[1] for line in text.splitlines() if not line.startswith(ESTIMATE)] == [
         "would run",
         "gpt2, 0.0 M parameters, fp32",
         "2 on cpu: TP 1 x PP 1 x DP 2",
@@ -61,6 +64,26 @@ def test_a_recipe_that_would_not_run(check):
 def test_a_warning_does_not_stop_it(check):
     code, text = check("recipe=./tiny.yaml", "optimizer.lr_decay_iters=50")
     assert code == 0 and text.startswith("warning: the training ends after 5 of 50 steps of decay")
+
+
+def test_a_recipe_for_another_machine(check):
+    code, text = check("recipe=./tiny.yaml", "--nodes", "2", "--gpus-per-node", "2", "training.global_batch_size=16")
+    assert code == 0 and "4 on cuda: TP 1 x PP 1 x DP 4" in text
+    assert "warning: 2 machines need a place to meet" in text
+    assert "warning: 2 processes want a GPU each, and on this machine torch can use 0" in text
+    code, text = check("recipe=./tiny.yaml", "--gpus-per-node", "3")
+    assert code == 2 and "launch.nproc_per_node=3 (--gpus-per-node)" in check("recipe=./tiny.yaml", "--gpus-per-node", "3")[1]
+
+
+def test_a_run_to_go_on_with(check):
+    loaded = load(["recipe=./tiny.yaml"])
+    open_run(loaded.recipe, loaded.sources, ["yuan", "pretrain"]).close()
+    code, text = check("recipe=./tiny.yaml", "logging.log_interval=1")
+    assert code == 0 and text.endswith("  changed logging.log_interval: 100 -> 1\n")
+    code, text = check("recipe=./tiny.yaml", "optimizer.lr=0.1")
+    assert code == 2 and "optimizer.lr: 0.001 -> 0.1   (command line)" in text
+    code, text = check("recipe=./tiny.yaml", "optimizer.lr=0.1", "--accept-changes")
+    assert code == 0 and "changed optimizer.lr: 0.001 -> 0.1" in text
 
 
 def test_for_another_verb(check):
