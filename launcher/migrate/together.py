@@ -92,6 +92,9 @@ def _yuan(lines: list[Line], verb: str) -> None:
         prefix = data.value.split()[-1]
         data.became = {"data.train": f"{prefix}.jsonl"}
         data.lost = "yuan sft reads questions and answers as JSON lines, not token ids: give the file that they were made of"
+    split = find(lines, "--split")
+    if sft and split:
+        split.became, split.note = {}, "dropped: questions and answers to evaluate on are data.valid"
     if values.get("model.family") != "yuan2":
         return
     fixed = dict(YUAN_FIXED)
@@ -182,7 +185,7 @@ def _folders(lines: list[Line], verb: str) -> None:
     finetune = values_of(lines).get("checkpoint.finetune")
     if save and load and verb == "pretrain" and save.value == load.value:
         if finetune:
-            save.became = {}
+            save.became, save.lost = {}, ""
             save.trap = f"it saved into {save.value}, the very folder that it began from. The run has a folder of its own; "
             save.trap += "another one: run.dir"
         else:

@@ -215,3 +215,20 @@ def test_all_values_that_cannot_be_are_named_at_once():
     with pytest.raises(UserError) as caught:
         lines_of("--seed x --min-lr y")
     assert [error.what.split()[0] for error in caught.value.each] == ["--seed", "--min-lr"]
+
+
+def test_yuans_fine_tuning_script_starts_from_the_checkpoint_and_saves_elsewhere():
+    flags = "--sft-stage --train-reset --finetune --save ckpt --load ckpt --data-path 1 /d/train_text_document --split 10,0,0 --use-lf-gate"
+    [migration], _ = migrate([f"python pretrain_yuan.py {REQUIRED} --train-iters 5 {flags}"])
+    values = migration.values
+    assert migration.verb == "sft"
+    assert (values["checkpoint.load"], values["checkpoint.finetune"]) == ("ckpt", True)
+    assert not {"run.dir", "data.data_path", "data.split"} & values.keys()
+    assert [line.name for line in migration.traps] == ["--sft-stage", "--save"]
+    assert [line.name for line in migration.lost] == ["--data-path"]
+
+
+@pytest.mark.parametrize("program", ["pretrain_gpt.py", "examples/gpt3/pretrain_gpt3.py", "pretrain_mcore_llama.py"])
+def test_trainers_under_other_names(program):
+    [migration], _ = migrate([f"python {program} {REQUIRED} --train-iters 5"])
+    assert migration.values["model.num_layers"] == 8
