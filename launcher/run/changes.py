@@ -20,6 +20,8 @@ SAFE_KEYS = {
     "data.num_workers", "data.data_cache_path",
     "checkpoint.save_interval", "checkpoint.keep_last", "checkpoint.format",  # of what is written; either is read
 }  # fmt: skip
+# What a run starts from: not asked once it has a checkpoint of its own.
+START_KEYS = {f"checkpoint.{key}" for key in ("load", "finetune", "no_load_optim", "no_load_rng")}
 # Checkpoints of format `torch` hold one file per rank of the layout that wrote them.
 LAYOUT_KEYS = {
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
@@ -59,7 +61,8 @@ def classify(old: Recipe, new: Recipe, saved: Recipe | None = None) -> list[Chan
     """
     never = {} if saved is None else refusals(saved, new)
     changes = {key: (before, after) for key, (before, after) in changed_keys(old, new).items() if key not in never}
-    kinds = {key: "safe" if is_safe(key, old, new) else "consent" for key in changes}
+    begun = START_KEYS if saved is not None else set()
+    kinds = {key: "safe" if key in begun or is_safe(key, old, new) else "consent" for key in changes}
     found = [Change(key, *changes[key], kind) for key, kind in kinds.items()]  # type: ignore[arg-type]
     found += [Change(key, *changed_keys(saved, new)[key], "refused", why) for key, why in never.items()]  # type: ignore[arg-type]
     return sorted(found, key=lambda change: ("refused", "consent", "safe").index(change.kind))
