@@ -23,8 +23,9 @@ quickstart: install  ## Text to answers on this machine in a few minutes
 test: install    ## Run every test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-bench: install   ## Measure speed (ratios within one run)
+bench: install   ## Measure speed (ratios within one run) and memory beside the estimate
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.memory
 
 clean:           ## Remove what the quickstart made, its trained model included
 	rm -rf quickstart runs/quickstart output.txt

@@ -12,7 +12,7 @@ from launcher.recipe import Loaded, load
 from launcher.recipe.check import check
 from launcher.recipe.check_memory import missing
 from launcher.recipe.check_model import REQUIRED
-from launcher.recipe.estimate.change import Change, changed, words
+from launcher.recipe.estimate.change import Change, as_words, changed
 from launcher.recipe.estimate.layouts import Layout, Search, search
 from launcher.recipe.estimate.report import duration, gib
 from launcher.recipe.estimate.stages import chunks
@@ -43,7 +43,7 @@ NEEDED = ("launch.gpu_memory_gib", "training.global_batch_size", "derived.vocab_
 
 
 def plan(
-    typed: Annotated[
+    words: Annotated[
         Optional[list[str]], typer.Argument(metavar="recipe=NAME key=value", help="The recipe, and values that override its own.")
     ] = None,
     gpus: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="GPUs in all. Default: the recipe's.")] = None,
@@ -60,7 +60,7 @@ def plan(
       yuan plan recipe=llama2_70b --gpus 64
       yuan plan recipe=llama2_7b --gpus 16 --gpus-per-node 4 launch.gpu_memory_gib=40
     """
-    loaded = loaded_on(typed or [], gpus, gpus_per_node)
+    loaded = loaded_on(words or [], gpus, gpus_per_node)
     found = search(loaded.recipe, loaded.sources)
     print(headline(loaded))
     if not found.fitting:
@@ -72,20 +72,20 @@ def plan(
     print("\n".join(after(loaded, found)))
 
 
-def loaded_on(typed: list[str], gpus: int | None, per_node: int | None) -> Loaded:
+def loaded_on(words: list[str], gpus: int | None, per_node: int | None) -> Loaded:
     """The recipe on the machines that are asked for; its own where none are.
 
     Raises:
         UserError: the recipe does not say what the search needs, or the GPUs make no whole machines.
     """
     cuda: dict[str, tuple[object, str]] = {"launch.device": ("cuda", "yuan plan")}
-    launch = load(typed, cuda).recipe.launch
+    launch = load(words, cuda).recipe.launch
     total = gpus or launch.nnodes * launch.nproc_per_node
     each = min(per_node or (8 if gpus else launch.nproc_per_node), total)
     if total % each:
         fix = f"--gpus {nearest(total, each)}, or --gpus-per-node {nearest_divisors(total, each)}"
         raise UserError(f"{total} GPUs make no whole machines of {each}", "--gpus, --gpus-per-node", fix)
-    loaded = load(typed, cuda | {"launch.nnodes": (total // each, "--gpus"), "launch.nproc_per_node": (each, "--gpus-per-node")})
+    loaded = load(words, cuda | {"launch.nnodes": (total // each, "--gpus"), "launch.nproc_per_node": (each, "--gpus-per-node")})
     unknown = missing(Case(loaded.recipe, loaded.sources), *REQUIRED, *NEEDED)
     fixes = {"derived.vocab_size": "add tokenizer.vocab_size=…, or let the recipe name the tokenizer's files"}
     fixes["launch.gpu_memory_gib"] = "add launch.gpu_memory_gib=80, or what one of the GPUs has"
@@ -161,7 +161,7 @@ def after(loaded: Loaded, found: Search) -> list[str]:
     best = found.fitting[0]
     launch = loaded.recipe.launch
     machines = f"launch.nnodes={launch.nnodes} launch.nproc_per_node={launch.nproc_per_node}"
-    asked = f"{words(best.change, loaded.recipe)} {machines}".strip()
+    asked = f"{as_words(best.change, loaded.recipe)} {machines}".strip()
     texts = {
         "best": asked,
         "others": f"{len(found.fitting):,} layouts fit, with {len(found.best_of_each())} TP and PP; {fell(loaded, found)}",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.recipe.check_model import REQUIRED, ranges
-from launcher.recipe.estimate.change import Change, broken_rules, changed, words
+from launcher.recipe.estimate.change import Change, as_words, broken_rules, changed
 from launcher.recipe.estimate.memory import BAND, GIB, Memory, stage_memory
 from launcher.recipe.estimate.report import gib, parts
 from launcher.recipe.problem import Case, Problem, divisors
@@ -85,7 +85,7 @@ def remedy(case: Case, limit: float) -> str:
             continue
         tried += 1
         if need(altered, stage_memory(altered)) <= limit * (1 - BAND):
-            return words(change, case.recipe)
+            return as_words(change, case.recipe)
     on_gpu = case.recipe.derived.device == "cuda"
     more = "more GPUs: `yuan plan recipe=… --gpus N`" if on_gpu else "a smaller model or fewer processes"
     return f"{more}; none of {tried} changes to sharing, micro-batch and recomputation fits"

@@ -57,7 +57,7 @@ def broken_rules(recipe: Recipe, sources: dict[str, str]) -> Iterator[Problem]:
     return (problem for rule in RULES for problem in rule(case) if problem.severity == "error")
 
 
-def words(change: Change, recipe: Recipe) -> str:
+def as_words(change: Change, recipe: Recipe) -> str:
     """A change as words of the command line; what the recipe has already is left out."""
     case = Case(recipe, {})
     return " ".join(f"{key}={_shown(value)}" for key, value in change.items() if case.value(key) != value)

@@ -70,8 +70,8 @@ def _arithmetic(recipe: Recipe) -> str:
 
 
 def _assumed(recipe: Recipe) -> str:
-    attention = "fused attention" if fused_attention(recipe) else "attention with dropout is not fused on a CPU"
-    text = f"memory within {BAND:.0%}; {attention}; the step and the checkpoint that need most"
-    if recipe.derived.device == "cuda" and recipe.launch.gpu_memory_gib is None:
-        text += "; no verdict without launch.gpu_memory_gib"
-    return text
+    text = f"memory within {BAND:.0%}; " + ("" if fused_attention(recipe) else "attention with dropout is not fused on a CPU; ")
+    if recipe.derived.device == "cpu":
+        return text + "the fullest moment of a step and of a checkpoint"
+    text += "fused attention; base: CUDA's context, cuBLAS, NCCL"
+    return text if recipe.launch.gpu_memory_gib else f"{text}; no verdict without launch.gpu_memory_gib"
