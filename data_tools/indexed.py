@@ -93,9 +93,25 @@ class IndexedWriter:
         if lengths.sum(dtype="i8") != len(tokens) or sequences.sum() != len(lengths):
             raise ValueError(f"{len(tokens)} tokens, sequences of {lengths.sum()}; {len(lengths)} sequences, documents of {sequences.sum()}")
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._count(len(tokens), lengths, sequences)
+
+    def add_file(self, tokens: Path, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        """Several documents at once, their tokens in a file of raw tokens of this pair's dtype.
+
+        Raises:
+            ValueError: the sizes do not agree.
+        """
+        size = tokens.stat().st_size
+        if int(lengths.sum(dtype="i8")) * self.dtype.itemsize != size or int(sequences.sum(dtype="i8")) != len(lengths):
+            raise ValueError(f"{tokens} has {size} bytes, which its lengths do not add up to")
+        with open(tokens, "rb") as file:
+            shutil.copyfileobj(file, self._bin, 1 << 24)
+        self._count(size // self.dtype.itemsize, lengths.astype("<i4"), sequences.astype("<i8"))
+
+    def _count(self, tokens: int, lengths: np.ndarray, sequences: np.ndarray) -> None:
         self._lengths.write(lengths.tobytes())
         self._boundaries.write((self.sequences + np.cumsum(sequences)).astype("<i8").tobytes())
-        self.tokens += len(tokens)
+        self.tokens += tokens
         self.sequences += len(lengths)
         self.documents += len(sequences)
 

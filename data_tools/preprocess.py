@@ -1,39 +1,31 @@
-"""A JSONL corpus into Megatron's indexed datasets, one per key, documents in input order whatever the workers."""
+"""Text into Megatron's indexed datasets, one per key, documents in input order whatever the workers.
+
+The input is cut into parts. A worker writes a part's tokens into a file of its own in `<output_prefix>.unfinished/`; this
+process joins the files in order. A run that was stopped continues from the parts that are whole.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.encode import BAD_SHOWN, BlockEncoder, Counts, Part, PartFiles, too_many_bad
 from data_tools.errors import InputError
 from data_tools.indexed import IndexedWriter, token_dtype
-from data_tools.jsonl import Chunk, parse_chunk, read_chunks
 from data_tools.parallel import ordered_map
+from data_tools.sources import Block, Format, Source, blocks, find_sources
 from data_tools.tokenizers import Tokenizer
 
-_CHUNK_BYTES = 1 << 18  # of input per task: some 0.1 s of work, against 1 ms to hand it over
-
-
-@dataclass
-class Counts:
-    """What was read and written: `documents` and `bytes` of the input, `tokens` and `largest_id` of the output."""
-
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    largest_id: int = -1
-
-    def add(self, documents: int, size: int, tokens: np.ndarray) -> None:
-        """Count one chunk's documents, bytes and tokens."""
-        self.documents += documents
-        self.bytes += size
-        self.tokens += len(tokens)
-        if len(tokens):
-            self.largest_id = max(self.largest_id, int(tokens.max()))
+_SMALLEST_PART, _LARGEST_PART = 1 << 20, 1 << 24
+_PARTS = 64  # of a small input, so that the workers end together
 
 
 def dataset_prefix(output_prefix: str | Path, key: str) -> str:
@@ -41,118 +33,154 @@ def dataset_prefix(output_prefix: str | Path, key: str) -> str:
     return f"{output_prefix}_{key}_document"
 
 
+def sharded_prefix(output_prefix: str | Path, shard: tuple[int, int]) -> str:
+    """The output prefix of the i-th of n shares, named so that sorting by name keeps their order."""
+    return str(output_prefix) if shard == (0, 1) else f"{output_prefix}_{shard[0]:05d}-of-{shard[1]:05d}"
+
+
 def preprocess(
-    input: str | Path,
+    input: str | Path | Sequence[str | Path],
     output_prefix: str | Path,
     tokenizer: Tokenizer,
     *,
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
     workers: int = 1,
+    format: Format | None = None,
+    max_bad: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    part_bytes: int | None = None,
     progress: Callable[[list[Counts]], None] | None = None,
 ) -> dict[str, Counts]:
-    """Tokenize `input` into `<output_prefix>_<key>_document.bin` and `.idx` for every key.
+    """Tokenize `input` into `<output_prefix>_<key>_document.bin` and `.idx` for every key (a share: `sharded_prefix`).
 
-    Beside each pair goes a .json that says what made it (see `IndexedReader.description`), so that a training with
-    another tokenizer can be refused. The files appear when all is done and replace older ones; a run that fails
-    leaves the older ones alone.
+    Beside each pair goes a .json, its manifest (`IndexedReader.description`): what made it, out of what. The files
+    appear when all is done and replace older ones; a run that ends early leaves the older ones alone.
 
     Args:
+        input: files, folders or patterns (see `sources.find_sources`).
         append_eod: end every document that has tokens with the end-of-document id.
         workers: processes; with 1 all is done in this one.
-        progress: called after every chunk, some 256 KiB of input, with the counts so far, one per key.
+        format: what lies in the files; otherwise told by their names and first bytes.
+        max_bad: how many lines may be left out because they cannot be read.
+        shard: (i, n): only the i-th of n equal shares of the input, from 0; `merge` joins them.
+        part_bytes: input per part; otherwise chosen by the size of the input.
+        progress: called after every part with the counts so far, one per key.
 
     Returns:
         The counts of each key.
 
     Raises:
-        DataError: bad input (the first bad line of the file, whatever the workers), or a dead worker.
+        DataError: bad input (the first bad line, whatever the workers), or a dead worker.
     """
     keys = tuple(json_keys)
     if not keys or len(set(keys)) < len(keys):
         raise InputError(f"each key once, and at least one, not {list(keys)}", "preprocess.json_keys", "--json-keys text")
-    chunks = read_chunks(Path(input), _CHUNK_BYTES)
-    encode = ChunkEncoder(tokenizer, keys, append_eod)
-    counts = {key: Counts() for key in keys}
+    sources, output_prefix = find_sources(input, format), sharded_prefix(output_prefix, shard)
+    size = part_bytes or max(_SMALLEST_PART, min(_LARGEST_PART, sum(source.size for source in sources) // _PARTS))
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(f"{output_prefix}.unfinished")
+    counts, parts = {key: Counts() for key in keys}, hashlib.sha256()
+    bad: list[tuple[str, str, str]] = []
     with ExitStack() as stack:
-        dtype = token_dtype(tokenizer.vocab_size)
-        writers = [stack.enter_context(IndexedWriter(dataset_prefix(output_prefix, key), dtype)) for key in keys]
-        results = stack.enter_context(closing(_encode_all(encode, chunks, workers)))
-        for size, columns in results:
-            for writer, count, column in zip(writers, counts.values(), columns, strict=True):
-                writer.add_batch(column.tokens, column.lengths, column.sequences)
-                count.add(len(column.sequences), size, column.tokens)
+        writers = [stack.enter_context(IndexedWriter(dataset_prefix(output_prefix, key), token_dtype(tokenizer.vocab_size))) for key in keys]
+        plan = _plan(tokenizer, keys, append_eod, max_bad, size, sources, shard)
+        _open_folder(folder, plan)
+        stack.callback(_remove_if_empty, folder)
+        encode = BlockEncoder(tokenizer, keys, append_eod, max_bad, str(folder))
+        cut = chain.from_iterable(blocks(source, size, keys, start, end) for source, start, end in shares(sources, shard))
+        tokenizer.engine  # built once, before the workers are forked
+        for part in stack.enter_context(closing(_encode_all(encode, enumerate(cut), workers))):
+            _join(part, folder, writers)
+            parts.update(part.input_sha256.encode())
+            for count, done in zip(counts.values(), part.counts, strict=True):
+                count.add(done)
+            bad += part.bad_lines[: BAD_SHOWN - len(bad)]
+            if counts[keys[0]].bad > max_bad:
+                raise too_many_bad(max_bad, bad)
             if progress:
                 progress(list(counts.values()))
-        _refuse_empty(counts, str(input))
+        if not all(count.tokens for count in counts.values()):
+            shutil.rmtree(folder)
+            raise _empty(counts, sources[0].path)
         for writer, count in zip(writers, counts.values(), strict=True):
-            writer.finish(_description(tokenizer, append_eod, count))
+            writer.finish(_manifest(tokenizer, plan, count, parts.hexdigest(), bad))
+        shutil.rmtree(folder)
     return counts
 
 
-@dataclass
-class Column:
-    """One key of one chunk: all tokens, the length of each sequence, the number of sequences of each document."""
-
-    tokens: np.ndarray
-    lengths: list[int]
-    sequences: list[int]
-
-
-@dataclass
-class ChunkEncoder:
-    """Turns a chunk of lines into (its size in bytes, one `Column` per key). Pickled into every worker."""
-
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    append_eod: bool
-
-    def __call__(self, chunk: Chunk) -> tuple[int, list[Column]]:
-        places, documents = zip(*parse_chunk(chunk, self.keys), strict=True)
-        columns = [self._column(places, [document[i] for document in documents]) for i in range(len(self.keys))]
-        return sum(map(len, chunk.lines)), columns
-
-    def _column(self, places: Sequence[str], documents: list[list[str]]) -> Column:
-        encoded = iter(self._encode(places, documents))
-        tokens: list[int] = []
-        lengths: list[int] = []
-        sequences: list[int] = []
-        for document in documents:
-            # As Megatron-LM: an empty sentence is no sequence, a document without any gets no end of document either.
-            parts = [ids for ids in (next(encoded) for _ in document) if ids]
-            if parts and self.append_eod:
-                parts[-1].append(self.tokenizer.eod)
-            for ids in parts:
-                tokens += ids
-                lengths.append(len(ids))
-            sequences.append(len(parts))
-        return Column(np.array(tokens, dtype=token_dtype(self.tokenizer.vocab_size)), lengths, sequences)
-
-    def _encode(self, places: Sequence[str], documents: list[list[str]]) -> list[list[int]]:
-        try:
-            return self.tokenizer.encode_batch([sentence for document in documents for sentence in document])
-        except ValueError:  # NullTokenizer's, which cannot know the line
-            for place, document in zip(places, documents, strict=True):
-                try:
-                    self.tokenizer.encode_batch(document)
-                except ValueError as error:
-                    raise InputError(str(error), place, "mend the line, or give the tokenizer that the data was made for") from None
-            raise
+def shares(sources: Sequence[Source], shard: tuple[int, int]) -> Iterator[tuple[Source, int, int]]:
+    """The (source, start, end) in bytes of the i-th of n equal shares; what has to be read as a whole belongs to the
+    share in which it begins."""
+    index, number = shard
+    total, before = sum(source.size for source in sources), 0
+    low, high = total * index // number, total * (index + 1) // number
+    for source in sources:
+        start, end = max(low - before, 0), min(high - before, source.size)
+        if source.is_seekable and start < end:
+            yield source, start, end
+        elif not source.is_seekable and low <= before < high:
+            yield source, 0, source.size
+        before += source.size
 
 
-def _encode_all(encode: ChunkEncoder, chunks: Iterator[Chunk], workers: int) -> Generator[tuple[int, list[Column]], None, None]:
-    yield from map(encode, chunks) if workers == 1 else ordered_map(encode, chunks, workers)
+def _plan(tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool, max_bad: int, size: int, sources: list[Source], shard: tuple[int, int]) -> dict[str, object]:  # fmt: skip
+    """All that the parts depend on, besides the text in them, which each part's sha256 holds."""
+    return {
+        "tokenizer": {"type": tokenizer.type, "sha256": tokenizer.hash(), "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
+        "json_keys": list(keys),
+        "append_eod": append_eod,
+        "max_bad": max_bad,
+        "shard": list(shard),
+        "part_bytes": size,
+        "inputs": [asdict(source) for source in sources],
+    }
 
 
-def _refuse_empty(counts: dict[str, Counts], path: str) -> None:
+def _open_folder(folder: Path, plan: dict[str, object]) -> None:
+    """The folder of unfinished work for this plan; another plan's is removed. (The outputs' locks keep others out.)"""
+    note = folder / "plan.json"
+    text = json.dumps(plan, indent=1)
+    if folder.is_dir() and (not note.is_file() or note.read_text(encoding="utf-8") != text):
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    note.write_text(text, encoding="utf-8")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Nothing is kept of a run in which no part became whole."""
+    if folder.is_dir() and not any(path.suffix == ".json" and path.name != "plan.json" for path in folder.iterdir()):
+        shutil.rmtree(folder)
+
+
+def _encode_all(encode: BlockEncoder, items: Iterator[tuple[int, Block]], workers: int) -> Generator[Part, None, None]:
+    yield from map(encode, items) if workers == 1 else ordered_map(encode, items, workers)
+
+
+def _join(part: Part, folder: Path, writers: list[IndexedWriter]) -> None:
+    files = PartFiles(folder, part.number)
+    for i, writer in enumerate(writers):
+        with np.load(files.sizes(i)) as sizes:
+            writer.add_file(files.tokens(i), sizes["lengths"], sizes["sequences"])
+
+
+def _empty(counts: dict[str, Counts], path: str) -> InputError:
     """megatron-core cannot read a dataset without tokens (it maps an empty file into memory)."""
-    for key, count in counts.items():
-        if not count.tokens:
-            what = f"{count.documents} documents and no text under {key!r}" if count.documents else "no documents"
-            raise InputError(what, path, 'each line is an object such as {"text": "..."}')
+    key, count = next((key, count) for key, count in counts.items() if not count.tokens)
+    what = f"{count.documents} documents and no text under {key!r}" if count.documents else "no documents"
+    return InputError(what, path, 'each line is an object such as {"text": "..."}')
 
 
-def _description(tokenizer: Tokenizer, append_eod: bool, count: Counts) -> dict[str, object]:
-    identity = {"type": tokenizer.type, "sha256": tokenizer.hash(), "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}
-    return {"documents": count.documents, "tokens": count.tokens, "largest_id": count.largest_id, "append_eod": append_eod, "tokenizer": identity}
+def _manifest(tokenizer: Tokenizer, plan: dict[str, object], count: Counts, inputs_hash: str, bad: list[tuple[str, str, str]]) -> dict[str, object]:  # fmt: skip
+    return {
+        "documents": count.documents,
+        "tokens": count.tokens,
+        "largest_id": count.largest_id,
+        "blank_lines": count.blank,
+        "bad_lines": count.bad,
+        "first_bad_lines": [f"{place}: {what}" for place, what, _ in bad],
+        "input_bytes": count.bytes,
+        "input_sha256": inputs_hash,  # of the sha256 of each part, in hex, one after another
+        "encoded_by": tokenizer.engine,
+        **plan,
+    }

@@ -4,67 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import InputError
-from data_tools.jsonl import check_readable, decode_lines, read_chunks
+from data_tools.sources import blocks, find_sources
 
 QUESTION_KEYS = ("instruction", "query", "prompt", "question")
 ANSWER_KEYS = ("output", "content", "response", "answer")
-_READ = 1 << 20  # characters at a time: a row is rarely longer, and the first ones come at once from a file of any size
+_ROW = 1  # bytes of a block, so that each row is one and nothing is read behind the last one asked for
 _EXAMPLE = '{"instruction": "What is a list?", "output": "A sequence."}'
 
 
 def first_rows(path: Path, count: int) -> Iterator[tuple[str, Any]]:
-    """Up to `count` rows, each with its place: `file:3` for a line, `file, row 3` for an element of an array.
+    """Up to `count` rows, each with its place: `file:3` for a line, `file[2]` for the third element of an array.
 
     Raises:
-        InputError: no such file, an empty one, or one that is neither a JSON array nor JSON lines.
+        InputError: no such file, one without rows, or one that is neither a JSON array nor JSON lines.
     """
-    check_readable(path)
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            start = file.read(_READ).lstrip()
-            if start.startswith("["):
-                yield from _of_array(path, file, start[1:], count)
-                return
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8: {error.reason}", str(path), "convert the file to UTF-8 (iconv -t UTF-8)") from None
-    if not start:
+    rows = ((block.place(i), line) for source in find_sources(path) for block in blocks(source, _ROW, ()) for i, line in enumerate(block.read()))
+    number = 0
+    filled = ((where, line) for where, line in rows if line.strip())
+    for number, (where, line) in enumerate(islice(filled, count), start=1):
+        try:
+            row = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8: {error.reason}", where, "convert the file to UTF-8 (iconv -t UTF-8)") from None
+        except ValueError as error:
+            raise InputError(f"not JSON: {error}", where, "one object per line, or one array of objects") from None
+        yield where, row
+    if not number:
         raise InputError("the file holds no rows", str(path), f"one object per row: {_EXAMPLE}")
-    left = count
-    for chunk in read_chunks(path, _READ):
-        for where, line in decode_lines(chunk):
-            if left == 0:
-                return
-            left -= 1
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"not JSON: {error}", where, "one object per line, or one array of objects") from None
-
-
-def _of_array(path: Path, file: Any, text: str, count: int) -> Iterator[tuple[str, Any]]:
-    """The elements of an array whose beginning is `text`, read on from `file` only while an element is incomplete."""
-    decoder = json.JSONDecoder()
-    for number in range(1, count + 1):
-        text = text.lstrip(" \t\r\n,")
-        while True:
-            if text.startswith("]"):
-                if number == 1:
-                    raise InputError("the file holds no rows", str(path), f"one object per row: {_EXAMPLE}")
-                return
-            try:
-                row, end = decoder.raw_decode(text)
-                break
-            except ValueError as error:
-                more = file.read(_READ)
-                if not more:
-                    raise InputError(f"not JSON: {error.args[0]}", f"{path}, row {number}", "mend or remove the row") from None
-                text = (text + more).lstrip(" \t\r\n,")
-        yield f"{path}, row {number}", row
-        text = text[end:]
 
 
 def check_row(where: str, row: Any) -> None:

@@ -12,7 +12,7 @@ from data_tools.tokenizers.sentencepiece import SentencePieceTokenizer, train_se
 
 # What each type is built from; the other arguments are not its own.
 TOKENIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "GPT2BPETokenizer": ("vocab_file", "merge_file", "plain_special_tokens"),
+    "GPT2BPETokenizer": ("vocab_file", "merge_file", "plain_special_tokens", "use_gigatoken"),
     "SentencePieceTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
 }
@@ -31,6 +31,7 @@ def build_tokenizer(
     tokenizer_model: str | Path | None = None,
     vocab_size: int | None = None,
     plain_special_tokens: bool = False,
+    use_gigatoken: bool | None = None,
 ) -> Tokenizer:
     """The tokenizer of this type; arguments that belong to other types are left alone (see TOKENIZER_ARGUMENTS).
 
@@ -39,7 +40,7 @@ def build_tokenizer(
     """
     if type == "GPT2BPETokenizer":
         files = _file("vocab_file", vocab_file, _GPT2_FIX), _file("merge_file", merge_file, _GPT2_FIX)
-        return GPT2BPETokenizer(*files, plain_special_tokens=plain_special_tokens)
+        return GPT2BPETokenizer(*files, plain_special_tokens=plain_special_tokens, use_gigatoken=use_gigatoken)
     if type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(_file("tokenizer_model", tokenizer_model, _SENTENCEPIECE_FIX))
     if type == "NullTokenizer":

@@ -7,7 +7,10 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 
 class Tokenizer(ABC):
@@ -23,6 +26,7 @@ class Tokenizer(ABC):
         special_ids: ids that stand for no text.
         files: what a folder must hold to rebuild this tokenizer, by the name of the argument of `build_tokenizer`.
         options: the other arguments that it was built with.
+        settings: arguments that change its speed and no id.
     """
 
     type: str
@@ -31,6 +35,7 @@ class Tokenizer(ABC):
     special_ids: set[int]
     files: dict[str, Path]
     options: dict[str, object]
+    settings: dict[str, object] = {}
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -39,6 +44,17 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in order; on one thread."""
         return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`encode` of each text as (all ids one after another, how many there are of each text)."""
+        encoded = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        return np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum())), lengths
+
+    @property
+    def engine(self) -> str:
+        """The library that does the work, for the user to see."""
+        return self.type
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -53,7 +69,7 @@ class Tokenizer(ABC):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled as what it is built from: 100 bytes, and the files are read again where it arrives."""
-        return partial(type(self), **self.files, **self.options), ()
+        return partial(type(self), **self.files, **self.options, **self.settings), ()
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, object]:

@@ -24,18 +24,20 @@ from launcher.commands.tokenizer import (
 from launcher.errors import UserError
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import ensure
+from launcher.recipe.check_data import parse_shard
 from launcher.recipe.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from data_tools.preprocess import Counts
 
 _TRAINING_RECIPE = "345m_1dp"  # what the closing line proposes when the data were made without a training recipe
+_INPUT_HELP = "Text to tokenize: a file, a folder or a pattern; plain, .gz, .zst, .bz2 or .xz. May be given several times."
 _KEYS_HELP = "Keys of each line to tokenize, one output each: --json-keys text title"
 
 
 def preprocess(
     words: Words = None,
-    input: Annotated[str | None, typer.Option("--input", help="JSONL file to tokenize.")] = None,
+    input: Annotated[list[str] | None, typer.Option("--input", help=_INPUT_HELP)] = None,
     output_prefix: Annotated[str | None, typer.Option("--output-prefix", help="The output is PREFIX_KEY_document.bin and .idx.")] = None,
     json_keys: Annotated[list[str] | None, typer.Option("--json-keys", "--key", metavar="KEY...", help=_KEYS_HELP)] = None,
     tokenizer_type: TokenizerType = None,
@@ -48,22 +50,33 @@ def preprocess(
         bool | None, typer.Option("--append-eod/--no-append-eod", help="End every document with the end-of-document id.")
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="jsonl, json, text, yuan or parquet. Default: by the names.")] = None,
+    max_bad: Annotated[int | None, typer.Option("--max-bad", min=0, help="Lines that may be left out because they are broken.")] = None,
+    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N shares of the input, from 0.")] = None,
+    use_gigatoken: Annotated[
+        bool | None, typer.Option("--use-gigatoken/--no-gigatoken", help="The fast library for byte-level BPE. Default: where exact.")
+    ] = None,
     dataset_impl: Annotated[str | None, typer.Option("--dataset-impl", hidden=True)] = None,
     chunk_size: Annotated[int | None, typer.Option("--chunk-size", hidden=True)] = None,
     log_interval: Annotated[int | None, typer.Option("--log-interval", hidden=True)] = None,
 ) -> None:
-    """Tokenize a JSONL file into Megatron's .bin/.idx, byte for byte as Megatron-LM's preprocess_data.py.
+    """Tokenize text into Megatron's .bin/.idx, byte for byte as Megatron-LM's preprocess_data.py.
 
     The options bear Megatron-LM's names; each is short for a recipe's key (--input for preprocess.input).
-    Documents keep their order, and a line that cannot be tokenized is refused with its number.
+    Documents keep their order, and a line that cannot be tokenized is refused with its number. A run that was stopped
+    goes on where it stood when the same command is typed again.
     """
     pairs, json_keys = _bare_words_are_keys(words or [], json_keys)
     options: dict[str, tuple[object, str]] = {
-        "preprocess.input": (input, "--input"),
+        "preprocess.input": (input[0] if input and len(input) == 1 else input, "--input"),
         "preprocess.output_prefix": (output_prefix, "--output-prefix"),
         "preprocess.json_keys": (json_keys, "--json-keys"),
         "preprocess.append_eod": (append_eod, "--append-eod"),
         "preprocess.workers": (workers, "--workers"),
+        "preprocess.format": (format, "--format"),
+        "preprocess.max_bad": (max_bad, "--max-bad"),
+        "preprocess.shard": (shard, "--shard"),
+        "tokenizer.use_gigatoken": (use_gigatoken, "--use-gigatoken" if use_gigatoken else "--no-gigatoken"),
         **tokenizer_options(
             type=tokenizer_type,
             vocab_file=vocab_file,
@@ -89,17 +102,23 @@ def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple
 
 def _run(loaded: Loaded) -> None:
     from data_tools.indexed import bin_path, idx_path
-    from data_tools.preprocess import dataset_prefix, preprocess
+    from data_tools.preprocess import dataset_prefix, preprocess, shares, sharded_prefix
+    from data_tools.sources import find_sources
 
     ensure(loaded, "preprocess")
     tokenizer = tokenizer_of(loaded.recipe.tokenizer)
     asked = loaded.recipe.preprocess
-    source, output, workers = str(asked.input), str(asked.output_prefix), asked.workers or 1
+    shard = parse_shard(asked.shard)
+    sources, output, workers = find_sources(asked.input, asked.format), sharded_prefix(asked.output_prefix, shard), asked.workers or 1
     prefixes = [dataset_prefix(output, key) for key in asked.json_keys]
-    size = Path(source).stat().st_size
-    typer.echo(f"input      {source} ({_megabytes(size)}), {_plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}")
+    size = sum(end - start for _, start, end in shares(sources, shard))
+    files = sources[0].path if len(sources) == 1 else f"{len(sources)} files, {sources[0].path} to {sources[-1].path}"
+    share = f", share {asked.shard}" if asked.shard else ""
+    keys = f"{_plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}"
+    typer.echo(f"input      {files} ({_megabytes(size)}, {' and '.join(sorted({s.format for s in sources}))}{share}), {keys}")
     ending = f"every document ends with {tokenizer.eod}" if asked.append_eod else "no end-of-document ids (see --append-eod)"
-    typer.echo(f"tokenizer  {tokenizer.type}, {tokenizer.vocab_size} ids; {ending}")
+    engine = "" if tokenizer.engine == tokenizer.type else f" by {tokenizer.engine}"
+    typer.echo(f"tokenizer  {tokenizer.type}{engine}, {tokenizer.vocab_size} ids; {ending}")
     for prefix in prefixes:
         replaced = " (replaces the one there)" if idx_path(prefix).exists() else ""
         typer.echo(f"output     {bin_path(prefix)} and .idx{replaced}")
@@ -109,7 +128,16 @@ def _run(loaded: Loaded) -> None:
     try:
         with _Meter(size) as meter:
             counts = preprocess(
-                source, output, tokenizer, json_keys=asked.json_keys, append_eod=asked.append_eod, workers=workers, progress=meter.show
+                asked.input,
+                asked.output_prefix,
+                tokenizer,
+                json_keys=asked.json_keys,
+                append_eod=asked.append_eod,
+                workers=workers,
+                format=asked.format,
+                max_bad=asked.max_bad,
+                shard=shard,
+                progress=meter.show,
             )
     except OSError as error:
         raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
@@ -122,9 +150,21 @@ def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: 
         f"done       {_plural(counts[0].documents, 'document')}, {tokens:,} tokens, {_megabytes(read)} in {seconds:.1f} s"
         f" ({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s)"
     )
+    _report_left_out(prefixes[0], counts[0])
     for prefix, count in zip(prefixes, counts, strict=True):
         typer.echo(f"           {prefix}.bin and .idx: {count.tokens:,} tokens, largest id {count.largest_id}")
     typer.echo(f"next       {_next_command(loaded, prefixes[0])}")
+
+
+def _report_left_out(prefix: str, count: Counts) -> None:
+    from data_tools.indexed import IndexedReader
+
+    if count.blank:
+        typer.echo(f"left out   {_plural(count.blank, 'blank line')}")
+    if count.bad:
+        typer.echo(f"left out   {_plural(count.bad, 'bad line')}, such as")
+        for line in (IndexedReader(prefix).description or {}).get("first_bad_lines", []):
+            typer.echo(f"           {line}")
 
 
 def _next_command(loaded: Loaded, prefix: str) -> str:
@@ -165,6 +205,8 @@ class _Meter:
             f"{counts[0].documents:,} documents, {read / 1e6 / seconds:.2f} MB/s, {counts[0].documents / seconds:,.0f} docs/s,"
             f" {sum(count.tokens for count in counts) / seconds:,.0f} tokens/s"
         )
+        if self._terminal and not self._bar.live.is_started:  # not before: its thread would keep the workers from being forked
+            self._bar.start()
         self._bar.update(self._task, completed=read, description=rates)
         if not self._terminal and now - self._shown > 10:
             self._shown = now
@@ -172,8 +214,6 @@ class _Meter:
             print(f"{100 * read / total:.0f} %, {rates}, {seconds / read * (total - read):.0f} s left", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _Meter:
-        if self._terminal:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:

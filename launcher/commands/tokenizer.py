@@ -48,7 +48,7 @@ def typed_keys(loaded: Loaded) -> list[str]:
 
 @app.command()
 def train(
-    input: Annotated[Path, typer.Option("--input", help="Text: a JSONL file, or a .txt file.")],
+    input: Annotated[Path, typer.Option("--input", help="Text: a JSONL or .txt file, or a folder of such.")],
     output_prefix: Annotated[Path, typer.Option("--output-prefix", help="The output is PREFIX.model.")] = Path("data/my-sp"),
     vocab_size: Annotated[int, typer.Option("--vocab-size", min=300, help="Pieces, of which 259 are bytes and control pieces.")] = 32000,
     model_type: Annotated[Literal["bpe", "unigram"], typer.Option("--model-type", help="SentencePiece's algorithm.")] = "bpe",
@@ -58,15 +58,15 @@ def train(
 
     The same text and options make the same file. It is trained on all of the input: for many GB, take a sample.
     """
-    from data_tools.jsonl import check_readable
+    from data_tools.sources import find_sources
     from data_tools.tokenizers import build_tokenizer, train_sentencepiece
 
     output = output_prefix.with_name(output_prefix.name + ".model")
     part = output.with_name(output.name + ".part")
     started = time.monotonic()
     try:
-        check_readable(input)
-        typer.echo(f"training   {model_type}, {vocab_size} pieces, on {input} ({input.stat().st_size / 1e6:.1f} MB)")
+        size = sum(source.size for source in find_sources(input))
+        typer.echo(f"training   {model_type}, {vocab_size} pieces, on {input} ({size / 1e6:.1f} MB)")
         model = train_sentencepiece(_texts(input, json_key), vocab_size, model_type)
         output.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(model)
@@ -79,13 +79,17 @@ def train(
 
 
 def _texts(path: Path, key: str) -> Iterator[str]:
-    from data_tools.jsonl import decode_lines, parse_chunk, read_chunks
+    from data_tools.records import PARSERS, BadLine
+    from data_tools.sources import blocks, find_sources
 
-    for chunk in read_chunks(path, 1 << 20):
-        if path.suffix == ".txt":
-            yield from (line for _, line in decode_lines(chunk))
-        else:
-            yield from (sentence for _, (sentences,) in parse_chunk(chunk, [key]) for sentence in sentences)
+    for source in find_sources(path):
+        for block in blocks(source, 1 << 20, [key]):
+            for number, line in enumerate(block.read()):
+                try:
+                    document = PARSERS[source.format](line, [key])
+                except BadLine as bad:
+                    raise bad.at(block.place(number)) from None
+                yield from (sentence for sentences in document or [] for sentence in sentences)
 
 
 @app.command()

@@ -26,7 +26,7 @@ def checkpoint(case: Case) -> Iterator[Problem]:
 def files(case: Case) -> Iterator[Problem]:
     """There are prompts, and the answers have a place that is not theirs."""
     from data_tools.errors import InputError
-    from data_tools.jsonl import check_readable
+    from data_tools.sources import check_readable
 
     options = case.recipe.generate
     if options.input is None:

@@ -54,7 +54,7 @@ def tokenizer(case: Case) -> Iterator[Problem]:
 def preprocess_input(case: Case) -> Iterator[Problem]:
     """The text to tokenize and a place for the result."""
     from data_tools.errors import InputError
-    from data_tools.jsonl import check_readable
+    from data_tools.sources import find_sources
 
     p = case.recipe.preprocess
     if not p.output_prefix:
@@ -63,12 +63,28 @@ def preprocess_input(case: Case) -> Iterator[Problem]:
         yield Problem("preprocess.input is not given", "no recipe and no option gives it", _INPUT_FIX.format("data/corpus.jsonl"))
     else:
         try:
-            check_readable(Path(p.input))
+            find_sources(p.input, p.format)
         except InputError as error:
-            fix = error.fix if Path(p.input).exists() else _INPUT_FIX.format(p.input)
+            fix = error.fix if not isinstance(p.input, str) or Path(p.input).exists() else _INPUT_FIX.format(p.input)
             yield Problem(error.what, case.at("preprocess.input"), fix)
+    try:
+        parse_shard(p.shard)
+    except ValueError as error:
+        yield Problem(str(error), case.at("preprocess.shard"), "such as preprocess.shard=0/4 for the first of four")
     if not p.json_keys:
         yield Problem("no key of the JSON objects is named", case.at("preprocess.json_keys"), "preprocess.json_keys=[text]")
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """'i/n' as (i, n); (0, 1) where none is given.
+
+    Raises:
+        ValueError: it is not two numbers with i below n.
+    """
+    index, slash, number = (shard or "0/1").partition("/")
+    if not (slash and index.isdigit() and number.isdigit() and int(index) < int(number)):
+        raise ValueError(f"{shard!r} is no share i/n of the input, counted from 0")
+    return int(index), int(number)
 
 
 def parse_blend(value: Any) -> tuple[list[str], list[float] | None]:
@@ -292,7 +308,7 @@ def preprocess_command(case: Case, prefix: str) -> str:
     """The `yuan preprocess` line that makes the data set `prefix` with this recipe's tokenizer."""
     p, t = case.recipe.preprocess, case.recipe.tokenizer
     output = re.sub(r"_[^_/]+_document$", "", prefix)
-    words = ["yuan", "preprocess", "--input", p.input or "FILE.jsonl", "--output-prefix", output, "--tokenizer-type", t.type]
+    words = ["yuan", "preprocess", "--input", p.input if isinstance(p.input, str) else "FILE.jsonl", "--output-prefix", output, "--tokenizer-type", t.type]
     for flag, value in (("--vocab-file", t.vocab_file), ("--merge-file", t.merge_file), ("--tokenizer-model", t.tokenizer_model)):
         words += [flag, value] if value else []
     if t.type == "NullTokenizer" and t.vocab_size:

@@ -227,12 +227,20 @@ class Tokenizer:
     """Ids in the data, with NullTokenizer (the end of document is one more); else derived from the files, or room for more."""
     plain_special_tokens: bool = False
     """Ours: read a literal '<|endoftext|>' in the text as ordinary characters, as Megatron-LM's older versions did."""
+    use_gigatoken: Optional[bool] = None
+    """Encode large texts by gigatoken, which is checked to give the same ids. Not given: where it does."""
 
 
 @dataclass
 class Preprocess:
-    input: Optional[str] = None
-    """JSONL file to tokenize."""
+    input: Any = None
+    """Text to tokenize: a file, a folder, a pattern, or a list of these; plain, .gz, .zst, .bz2 or .xz."""
+    format: Optional[Literal["jsonl", "json", "text", "yuan", "parquet"]] = None
+    """Ours: JSON objects on lines, a JSON array, documents on lines (yuan: with <n> and [SEP]), Parquet. Told by the names."""
+    max_bad: int = 0
+    """Ours: lines that may be left out because they cannot be read; they are counted and the first are shown."""
+    shard: Optional[str] = None
+    """Ours: 'i/n', the i-th of n shares of the input, from 0, for several machines; `yuan data merge` joins them."""
     output_prefix: Optional[str] = None
     """The output is <output_prefix>_<key>_document.bin and .idx."""
     json_keys: List[str] = field(default_factory=lambda: ["text"])

@@ -43,10 +43,10 @@ def test_bytes_are_megatron_lms(tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_hard_texts_come_back_in_order(tmp_path, monkeypatch, gpt2, workers):
-    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 40)  # nearly every line is a task of its own
+def test_hard_texts_come_back_in_order(tmp_path, gpt2, workers):
     texts = [f"{i} {text}" for i, text in enumerate(HARD_TEXTS * 5)]
-    counts = preprocess(write_jsonl(tmp_path / "in", [{"text": t} for t in texts]), tmp_path / "out", gpt2, append_eod=True, workers=workers)
+    source = write_jsonl(tmp_path / "in", [{"text": t} for t in texts])
+    counts = preprocess(source, tmp_path / "out", gpt2, append_eod=True, workers=workers, part_bytes=40)  # nearly every line is a part
     sequences = [sequence for (sequence,) in documents(tmp_path / "out_text_document")]
     assert all(sequence[-1] == gpt2.eod for sequence in sequences)
     assert [gpt2.decode(sequence[:-1]) for sequence in sequences] == texts
@@ -81,7 +81,8 @@ def test_escapes_and_separators_inside_a_line(tmp_path, gpt2):
 
 def test_description_names_the_tokenizer(tmp_path):
     preprocess(write_jsonl(tmp_path / "in", [{"text": "1 7"}]), tmp_path / "out", NULL, append_eod=True)
-    assert IndexedReader(tmp_path / "out_text_document").description == {
+    description = IndexedReader(tmp_path / "out_text_document").description
+    assert {key: description[key] for key in ("documents", "tokens", "largest_id", "append_eod", "tokenizer")} == {
         "documents": 1,
         "tokens": 3,
         "largest_id": 100,
@@ -111,23 +112,21 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "what"), BAD_LINES, ids=[what[:30] for _, what in BAD_LINES])
-def test_a_bad_line_is_refused_with_its_place(tmp_path, monkeypatch, line, what):
-    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 30)
+def test_a_bad_line_is_refused_with_its_place(tmp_path, line, what):
     (tmp_path / "in").write_bytes(b'{"text": "1"}\n' * 6 + line + b'\n{"text": "2"}\n')
     with pytest.raises(InputError) as caught:
-        preprocess(tmp_path / "in", tmp_path / "out", NULL)
+        preprocess(tmp_path / "in", tmp_path / "out", NULL, part_bytes=30)
     assert what in caught.value.what and caught.value.fix
     assert caught.value.where == f"{tmp_path / 'in'}:7"
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.unfinished"]
 
 
-def test_the_first_bad_line_is_named_whatever_the_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 200)
+def test_the_first_bad_line_is_named_whatever_the_workers(tmp_path):
     (tmp_path / "in").write_bytes(b'{"text": "1"}\n' * 300 + b"slow down " * 10000 + b"\n" + b"bad\n" * 300)
     with pytest.raises(InputError) as caught:
-        preprocess(tmp_path / "in", tmp_path / "out", NULL, workers=3)
+        preprocess(tmp_path / "in", tmp_path / "out", NULL, workers=3, part_bytes=200)
     assert caught.value.where == f"{tmp_path / 'in'}:301"
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.unfinished"]
 
 
 @pytest.mark.parametrize(
@@ -135,9 +134,9 @@ def test_the_first_bad_line_is_named_whatever_the_workers(tmp_path, monkeypatch)
     [
         (b"", "no documents"),
         (b'{"text": ""}\n{"text": []}\n', "2 documents and no text under 'text'"),
-        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
-        (b"\xfd7zXZ\x00\x00", "compressed with xz"),
-        (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+        (b"\x1f\x8b\x08\x00", "the gzip data cannot be read"),
+        (b"\xfd7zXZ\x00\x00", "the xz data cannot be read"),
+        (b"\x28\xb5\x2f\xfd\x00", "the zstd data cannot be read"),
     ],
 )
 def test_input_without_text_is_refused(tmp_path, content, what):
@@ -154,11 +153,13 @@ def test_keys_twice_or_none_are_refused(tmp_path):
             preprocess(source, tmp_path / "out", NULL, json_keys=keys)
 
 
-def test_progress_counts_up_to_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess._CHUNK_BYTES", 50)
+def test_progress_counts_up_to_the_whole(tmp_path):
     source = write_jsonl(tmp_path / "in", [{"text": "1 2 3"}] * 50)
     seen = []
-    preprocess(source, tmp_path / "out", NULL, progress=lambda counts: seen.append((counts[0].documents, counts[0].bytes, counts[0].tokens)))
+    def note(counts):
+        seen.append((counts[0].documents, counts[0].bytes, counts[0].tokens))
+
+    preprocess(source, tmp_path / "out", NULL, part_bytes=50, progress=note)
     assert len(seen) > 10 and seen == sorted(seen)
     assert seen[-1] == (50, source.stat().st_size, 150)
 
@@ -172,7 +173,7 @@ def _start(tmp_path) -> tuple[subprocess.Popen, list[psutil.Process]]:
             file.write(json.dumps({"text": f"{i} the quick brown fox " * 15000}) + "\n")  # 54 MB
     (tmp_path / "out_text_document.bin").write_bytes(b"old")
     (tmp_path / "out_text_document.idx").write_bytes(b"old")
-    command = [sys.executable, "-m", "launcher.cli", "preprocess", "--input", source, "--output-prefix", tmp_path / "out", "--workers", "2"]
+    command = [sys.executable, "-m", "launcher.cli", "preprocess", "--input", source, "--output-prefix", tmp_path / "out", "--workers", "2", "--no-gigatoken"]
     for name, path in files.items():
         command += ["--" + name.replace("_", "-"), path]
     log = open(tmp_path / "log", "w")
@@ -182,7 +183,7 @@ def _start(tmp_path) -> tuple[subprocess.Popen, list[psutil.Process]]:
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
-    return process, [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return process, children
 
 
 def _gone(processes: list[psutil.Process]) -> bool:
@@ -204,7 +205,7 @@ def test_an_early_end_leaves_no_process_and_no_new_file(tmp_path, end, code):
     outputs = {path.name: path for path in tmp_path.iterdir() if path.name.startswith("out")}
     assert outputs["out_text_document.bin"].read_bytes() == outputs["out_text_document.idx"].read_bytes() == b"old"
     if end != "kill the parent":  # whom nothing can clean up after; its .part files look like what they are
-        assert sorted(outputs) == ["out_text_document.bin", "out_text_document.idx"]
+        assert sorted(outputs) == ["out.unfinished", "out_text_document.bin", "out_text_document.idx"]
     if end == "kill a worker":
         assert "error: a worker process died" in (tmp_path / "log").read_text()
 
@@ -221,3 +222,50 @@ def test_importing_is_cheap():
     """The command line loads these before it knows whether they are needed."""
     code = "import sys, data_tools.preprocess; print([m for m in ('torch', 'sentencepiece', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_stopped_run_goes_on_from_its_parts(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "in", [{"text": f"{i % 100} 7", "title": "3"} for i in range(200)])
+    options = dict(json_keys=["text", "title"], append_eod=True, part_bytes=100)
+    preprocess(source, tmp_path / "whole", NULL, **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after(parts):
+        def progress(counts):
+            if counts[0].documents >= parts * 5:
+                raise Stop
+
+        return progress
+
+    for parts in (3, 12):
+        with pytest.raises(Stop):
+            preprocess(source, tmp_path / "out", NULL, progress=stop_after(parts), **options)
+        assert [path.name for path in tmp_path.glob("out_*")] == []
+    encoded = []
+    monkeypatch.setattr(type(NULL), "encode", lambda self, text: encoded.append(text) or [int(word) for word in text.split()])
+    (torn, *_) = sorted((tmp_path / "out.unfinished").glob("0000002*.bin"))
+    torn.write_bytes(b"")  # a file system that lost what was written last
+    preprocess(source, tmp_path / "out", NULL, **options)
+    assert 0 < len(encoded) < 400 * 0.8 and "15 7" not in encoded[:5]
+    for name in ("text_document.bin", "text_document.idx", "title_document.bin", "title_document.idx"):
+        assert (tmp_path / f"out_{name}").read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_parts_of_another_text_or_plan_are_not_taken(tmp_path):
+    source = write_jsonl(tmp_path / "in", [{"text": f"{i % 100}"} for i in range(50)] + [{"text": "x"}])
+    with pytest.raises(InputError):
+        preprocess(source, tmp_path / "out", NULL, part_bytes=100)
+    write_jsonl(source, [{"text": f"{i % 50}"} for i in range(50)] + [{"text": "1"}])
+    preprocess(source, tmp_path / "out", NULL, part_bytes=100)
+    assert documents(tmp_path / "out_text_document") == [[[i % 50]] for i in range(50)] + [[[1]]]
+
+
+def test_hard_lines_of_plain_text(tmp_path, gpt2):
+    lines = ["a\x00b", "c\r", "\ufeffd", "w" * 300000, "e"]
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    preprocess(tmp_path / "in.txt", tmp_path / "out", gpt2, append_eod=True)
+    found = [gpt2.decode(sequence[:-1]) for (sequence,) in documents(tmp_path / "out_text_document")]
+    assert found == ["a\x00b", "c", "\ufeffd", "w" * 300000, "e"]

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import rows
+from data_tools import rows, sources
 from data_tools.errors import InputError
 from data_tools.rows import check_row, first_rows
 
-values = st.recursive(st.text() | st.integers() | st.booleans() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
-records = st.lists(st.dictionaries(st.text(), values), min_size=1, max_size=8)
+values = st.recursive(st.text(max_size=9) | st.integers() | st.booleans() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
+records = st.lists(st.dictionaries(st.text(max_size=9), values, max_size=4), min_size=1, max_size=8)
 
 
 @settings(deadline=None, max_examples=60)
@@ -20,7 +20,7 @@ def test_the_first_rows_are_those_that_were_written(tmp_path_factory, records, c
     """However the array is laid out, and wherever a reading of it ends."""
     path = tmp_path_factory.getbasetemp() / "rows.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_READ", read)
+        patch.setattr(sources, "_READ", read)
         for text in (
             json.dumps(records, indent=indent, ensure_ascii=ascii_only),
             "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records),
@@ -40,7 +40,7 @@ def test_what_comes_later_is_not_read(tmp_path, text):
     path.write_text(text, encoding="utf-8")
     found = list(first_rows(path, 2))
     assert [row for _, row in found] == [{"a": 1}, {"a": 2}]
-    assert found[1][0] == (f"{path}:2" if text.startswith("{") else f"{path}, row 2")
+    assert found[1][0] == (f"{path}:2" if text.startswith("{") else f"{path}[1]")
 
 
 @pytest.mark.parametrize(

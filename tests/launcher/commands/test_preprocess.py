@@ -42,7 +42,7 @@ def test_defaults_fit_together(yuan, defaults):
     assert code == 0, out
     reader = IndexedReader("data/my-gpt2_text_document")
     assert reader.documents == 2 and [reader.get(i)[-1] for i in range(2)] == [299, 299]  # --append-eod by default
-    assert "data/corpus.jsonl" in out and "GPT2BPETokenizer, 300 ids" in out and f"{reader.tokens:,} tokens" in out
+    assert "data/corpus.jsonl" in out and "GPT2BPETokenizer by gigatoken, 300 ids" in out and f"{reader.tokens:,} tokens" in out
     assert "yuan pretrain recipe=345m_1dp data.data_path=data/my-gpt2_text_document\n" in out
 
 
@@ -93,7 +93,7 @@ def test_everything_missing_is_named_at_once(yuan, tmp_path):
         ("--tokenizer-type SentencePieceTokenizer", "tokenizer.tokenizer_model is not given"),
         ("--tokenizer-type BertTokenizer", "tokenizer.type must be"),
         ("preprocess.output_prefix=null", "preprocess.output_prefix is not given"),
-        ("--input data", "not a file: data"),
+        ("--input nothing", "no such file: nothing"),
         ("preprocess.workers=-1", "preprocess.workers must be at least 1, not -1"),
         ("--json-keys text text", "each key once"),
         ("--key headline", "no key 'headline'"),

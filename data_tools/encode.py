@@ -1,0 +1,204 @@
+"""A block of lines → token ids in the files of a part. Runs in every worker."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.errors import InputError
+from data_tools.indexed import token_dtype
+from data_tools.records import PARSERS, BadLine, Sentences
+from data_tools.sources import Block
+from data_tools.tokenizers import Tokenizer
+
+_BATCH_BYTES = 1 << 22  # of input encoded at once: large enough for vectors, small enough for the caches
+BAD_SHOWN = 5
+_NONE = np.empty(0, dtype="<i4")
+
+
+@dataclass
+class Counts:
+    """What was read and written: `documents`, `bytes` and `blank` and `bad` lines of the input (left out), `tokens` and
+    `largest_id` of the output."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    largest_id: int = -1
+    blank: int = 0
+    bad: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Count what `other` counted too."""
+        for name, value in asdict(other).items():
+            setattr(self, name, max(self.largest_id, value) if name == "largest_id" else getattr(self, name) + value)
+
+
+@dataclass
+class Part:
+    """What came of one block: the counts of each key, and the first bad lines as (place, what, fix)."""
+
+    number: int
+    input_sha256: str
+    counts: list[Counts]
+    bad_lines: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Column:
+    """One key of some documents: all tokens, the length of each sequence, the number of sequences of each document."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sequences: np.ndarray
+
+
+class PartFiles:
+    """The files of part `number` in the folder of unfinished work; its .json is written last and makes the part whole."""
+
+    def __init__(self, folder: str | Path, number: int):
+        self._stem = f"{folder}/{number:07d}"
+
+    def tokens(self, key: int) -> Path:
+        """Raw tokens of the key of that index."""
+        return Path(f"{self._stem}.{key}.bin")
+
+    def sizes(self, key: int) -> Path:
+        """An .npz of int32 arrays: `lengths` of the sequences, `sequences` of each document."""
+        return Path(f"{self._stem}.{key}.npz")
+
+    def read(self, itemsize: int) -> Part | None:
+        """The part, where it is whole; `itemsize` is that of a token in bytes."""
+        try:
+            record = json.loads(Path(f"{self._stem}.json").read_text(encoding="utf-8"))
+            record["counts"] = [Counts(**count) for count in record["counts"]]
+            part = Part(**record)
+            sizes = [self.tokens(i).stat().st_size for i in range(len(part.counts)) if self.sizes(i).is_file()]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return part if sizes == [count.tokens * itemsize for count in part.counts] else None
+
+    def write(self, part: Part) -> None:
+        """Declare the part whole."""
+        beside = Path(f"{self._stem}.json.part")
+        beside.write_text(json.dumps(asdict(part)), encoding="utf-8")
+        os.replace(beside, f"{self._stem}.json")
+
+
+@dataclass
+class BlockEncoder:
+    """Turns (number, block) into a `Part`, whose files lie in `folder` then. Pickled into every worker.
+
+    A part that is whole already and was made of the same bytes is taken as it is.
+
+    Raises:
+        InputError: more than `max_bad` bad lines in the block; the first of them.
+    """
+
+    tokenizer: Tokenizer
+    keys: tuple[str, ...]
+    append_eod: bool
+    max_bad: int
+    folder: str
+
+    def __call__(self, item: tuple[int, Block]) -> Part:
+        number, block = item
+        lines = block.read()
+        files, dtype = PartFiles(self.folder, number), token_dtype(self.tokenizer.vocab_size)
+        digest = hashlib.sha256(b"".join(lines)).hexdigest()
+        before = files.read(dtype.itemsize)
+        if before and before.input_sha256 == digest:
+            return before
+        part = Part(number, digest, [Counts(bytes=block.size) for _ in self.keys])
+        sizes: list[list[Column]] = [[] for _ in self.keys]
+        with ExitStack() as stack:
+            outputs = [stack.enter_context(open(files.tokens(i), "wb")) for i in range(len(self.keys))]
+            for columns in self._batches(block, lines, part):
+                for column, output, done, count in zip(columns, outputs, sizes, part.counts, strict=True):
+                    column.tokens.astype(dtype).tofile(output)
+                    done.append(Column(column.tokens[:0], column.lengths, column.sequences))
+                    count.add(Counts(len(column.sequences), 0, len(column.tokens), int(column.tokens.max()) if len(column.tokens) else -1))
+        for i, done in enumerate(sizes):
+            lengths, sequences = (np.concatenate([getattr(c, name) for c in done] or [_NONE]) for name in ("lengths", "sequences"))
+            np.savez(files.sizes(i), lengths=lengths.astype("<i4"), sequences=sequences.astype("<i4"))
+        files.write(part)
+        return part
+
+    def _batches(self, block: Block, lines: list[bytes], part: Part) -> Iterator[list[Column]]:
+        parse = PARSERS[block.source.format]
+        documents: list[list[Sentences]] = []
+        numbers: list[int] = []
+        held = 0
+        for number, line in enumerate(lines):
+            lines[number] = b""  # as it is parsed: a line may be most of the memory
+            held += len(line)
+            try:
+                document = parse(line, self.keys)
+            except BadLine as bad:
+                yield self._columns(block, numbers, documents, part)  # whose bad lines come before this one
+                documents, numbers, held = [], [], 0
+                self._count_bad(part, block.place(number), bad)
+                continue
+            if document is None:
+                for count in part.counts:
+                    count.blank += 1
+                continue
+            documents.append(document)
+            numbers.append(number)
+            if held >= _BATCH_BYTES:
+                yield self._columns(block, numbers, documents, part)
+                documents, numbers, held = [], [], 0
+        if documents:
+            yield self._columns(block, numbers, documents, part)
+
+    def _columns(self, block: Block, numbers: list[int], documents: list[list[Sentences]], part: Part) -> list[Column]:
+        try:
+            return [self._column([document[i] for document in documents]) for i in range(len(self.keys))]
+        except ValueError:  # NullTokenizer's, which cannot know the line
+            good = [d for n, d in zip(numbers, documents, strict=True) if self._is_encoded(block.place(n), d, part)]
+            return [self._column([document[i] for document in good]) for i in range(len(self.keys))]
+
+    def _is_encoded(self, place: str, document: list[Sentences], part: Part) -> bool:
+        try:
+            self.tokenizer.encode_arrays([sentence for sentences in document for sentence in sentences])
+        except ValueError as error:
+            self._count_bad(part, place, BadLine(str(error), "mend the line, or give the tokenizer that the data was made for"))
+            return False
+        return True
+
+    def _count_bad(self, part: Part, place: str, bad: BadLine) -> None:
+        for count in part.counts:
+            count.bad += 1
+        if part.counts[0].bad > self.max_bad:
+            raise bad.at(place) if not part.bad_lines else too_many_bad(self.max_bad, [*part.bad_lines, (place, bad.what, bad.fix)])
+        if len(part.bad_lines) < BAD_SHOWN:
+            part.bad_lines.append((place, bad.what, bad.fix))
+
+    def _column(self, documents: list[Sentences]) -> Column:
+        """As Megatron-LM: an empty sentence is no sequence, and a document without any gets no end of document either."""
+        flat, lengths = self.tokenizer.encode_arrays([sentence for document in documents for sentence in document])
+        document = np.repeat(np.arange(len(documents)), [len(sentences) for sentences in documents])[lengths > 0]
+        lengths = lengths[lengths > 0]
+        sequences = np.bincount(document, minlength=len(documents))
+        if self.append_eod and len(lengths):
+            last = np.append(document[1:] != document[:-1], True)
+            lengths = lengths + last
+            is_text = np.ones(len(flat) + int(last.sum()), dtype=bool)
+            is_text[np.cumsum(lengths)[last] - 1] = False
+            ended = np.full(len(is_text), self.tokenizer.eod, dtype=flat.dtype)
+            ended[is_text] = flat
+            flat = ended
+        return Column(flat, lengths, sequences)
+
+
+def too_many_bad(allowed: int, lines: Sequence[tuple[str, str, str]]) -> InputError:
+    """More bad lines than allowed, the first of them with their places."""
+    shown = "\n".join(f"    {place}: {what}" for place, what, _ in lines[:BAD_SHOWN])
+    return InputError(f"more than {allowed} bad lines:\n{shown}", lines[0][0], "mend them, or allow more with --max-bad")
