@@ -190,6 +190,7 @@ def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, f
     except DataError as error:
         yield Problem(error.what, error.where, error.fix)
         return
+    yield from _ends_of_documents(case, prefix, reader.description)
     other = list(_made_with(case, key, prefix, reader.description))
     yield from other or _ids(case, key, prefix, reader)
     empty = [i for i, share in enumerate(shares) if share and not _holds_tokens(reader, share)]
@@ -203,6 +204,15 @@ def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, f
             else f"data.split={_nearest_split(reader, case.recipe.data.split)}, or more documents"
         )
         yield Problem(what, case.at(key if whole else "data.split"), fix)
+
+
+def _ends_of_documents(case: Case, prefix: str, description: dict[str, Any] | None) -> Iterator[Problem]:
+    """What looks for the end-of-document token needs data that have it."""
+    asked = [key for key in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss") if getattr(case.recipe.data, key)]
+    if asked and description and description.get("append_eod") is False:
+        keys = [f"data.{key}" for key in asked]
+        what = f"{prefix} was made without end-of-document tokens, which {' and '.join(keys)} look{'s' * (len(keys) == 1)} for"
+        yield Problem(what, case.at(*keys), "make the data again with --append-eod", "warning")
 
 
 def _read_once(case: Case, key: str, prefixes: list[str], shares: list[tuple[float, float] | None]) -> Iterator[Problem]:

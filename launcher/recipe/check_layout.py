@@ -68,6 +68,13 @@ def tensor_parallel(case: Case) -> Iterator[Problem]:
             case.at("model.num_query_groups", TP),
             f"{TP}={nearest_divisors(groups, tp)}, or model.num_query_groups={nearest(groups, tp)}",
         )
+    keys = 2 * groups * (m.kv_channels or 0)
+    if 0 < groups < tp and tp % groups == 0 and keys % tp:  # heads that several ranks share are cut all the same
+        yield Problem(
+            f"keys and values of {groups} groups x {m.kv_channels} channels cannot be cut into TP {tp} parts",
+            case.at("model.num_query_groups", "model.kv_channels", TP),
+            f"model.num_query_groups={tp}, or model.kv_channels={nearest(m.kv_channels, tp)}, or {TP}={groups}",
+        )
     if not p.sequence_parallel:
         return
     if tp == 1:

@@ -282,6 +282,7 @@ def _attention(recipe: Recipe, config) -> None:
     divide(config.num_attention_heads * config.kv_channels, config.num_attention_heads)
     divide(divide(config.num_attention_heads, tp), max(1, config.num_query_groups // tp))
     divide(config.num_attention_heads, config.num_query_groups)
+    divide((config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels, tp)
     if config.sequence_parallel:
         divide(recipe.training.seq_length, tp)
     assert recipe.training.seq_length <= m.max_position_embeddings

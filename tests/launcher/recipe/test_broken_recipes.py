@@ -83,6 +83,7 @@ BROKEN = {
     TP4 + "model.num_attention_heads=6": "model.num_attention_heads 6 cannot be cut into TP 4 parts",
     TP4 + "model.ffn_hidden_size=390": "model.ffn_hidden_size 390 cannot be cut into TP 4",
     TP4 + "model.num_attention_heads=12 model.num_query_groups=6": "num_query_groups 6 is neither a multiple nor a divisor of TP 4",
+    TP4 + "model.num_query_groups=1 model.kv_channels=25": "keys and values of 1 groups x 25 channels cannot be cut into TP 4",
     TP4 + "parallel.sequence_parallel=true training.seq_length=15": "sequence parallelism cannot cut seq_length 15 into TP 4",
     "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true": "overlap_param_gather works with the distributed optimizer",
     "parallel.overlap_param_gather=true parallel.use_distributed_optimizer=true": "overlap_param_gather works with overlap_grad_reduce",

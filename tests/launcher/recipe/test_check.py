@@ -287,6 +287,14 @@ def test_data_of_another_tokenizer_are_refused(problems, write_data, workspace):
     assert "GPT2BPETokenizer of 50257 ids, not NullTokenizer of 51" in problem.what
 
 
+def test_data_without_ends_of_documents_are_remarked_where_they_are_looked_for(problems, workspace):
+    (workspace / "data_text_document.json").write_text(json.dumps({"documents": 20, "tokens": 400, "append_eod": False}))
+    assert problems() == []
+    (problem,) = problems("data.reset_attention_mask=true", "data.eod_mask_loss=true")
+    assert "without end-of-document tokens, which data.reset_attention_mask and data.eod_mask_loss look for" in problem.what
+    assert problem.severity == "warning"
+
+
 def test_data_of_other_files_of_an_equal_size_say_so(problems, workspace):
     tokenizer = {"type": "NullTokenizer", "sha256": "x", "vocab_size": 51}
     (workspace / "data_text_document.json").write_text(json.dumps({"documents": 20, "tokens": 400, "tokenizer": tokenizer}))
