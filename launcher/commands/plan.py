@@ -11,7 +11,7 @@ from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import check
 from launcher.recipe.check_memory import missing
-from launcher.recipe.check_model import REQUIRED
+from launcher.recipe.check_model import REQUIRED, ranges, shapes
 from launcher.recipe.estimate.change import Change, as_words, changed
 from launcher.recipe.estimate.layouts import Layout, Search, search
 from launcher.recipe.estimate.report import duration, gib
@@ -86,7 +86,9 @@ def loaded_on(words: list[str], gpus: int | None, per_node: int | None) -> Loade
         fix = f"--gpus {nearest(total, each)}, or --gpus-per-node {nearest_divisors(total, each)}"
         raise UserError(f"{total} GPUs make no whole machines of {each}", "--gpus, --gpus-per-node", fix)
     loaded = load(words, cuda | {"launch.nnodes": (total // each, "--gpus"), "launch.nproc_per_node": (each, "--gpus-per-node")})
-    unknown = missing(Case(loaded.recipe, loaded.sources), *REQUIRED, *NEEDED)
+    case = Case(loaded.recipe, loaded.sources)
+    raise_all([problem.as_error() for rule in (ranges, shapes) for problem in rule(case) if problem.severity == "error"])
+    unknown = missing(case, *REQUIRED, *NEEDED)
     fixes = {"derived.vocab_size": "add tokenizer.vocab_size=…, or let the recipe name the tokenizer's files"}
     fixes["launch.gpu_memory_gib"] = "add launch.gpu_memory_gib=80, or what one of the GPUs has"
     why_needed = "a layout cannot be planned without it"

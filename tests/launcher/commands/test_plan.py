@@ -97,6 +97,8 @@ def test_what_is_missing_is_named_at_once(plan):
     with pytest.raises(UserError) as error:
         plan("recipe=345m_1dp", "training.global_batch_size=8")
     assert [one.what for one in error.value.each] == ["launch.gpu_memory_gib is not known", "derived.vocab_size is not known"]
+    with pytest.raises(UserError, match="training.seq_length must be at least 1"):
+        plan("recipe=llama2_7b", "training.seq_length=-1")
     with pytest.raises(UserError, match="12 GPUs make no whole machines of 8") as error:
         plan("recipe=llama2_7b", "--gpus", "12")
     assert error.value.fix == "--gpus 8 or 16, or --gpus-per-node 6 or 12"

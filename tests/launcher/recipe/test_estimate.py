@@ -190,6 +190,23 @@ def test_a_cpus_processes_share_this_machines_memory(monkeypatch):
         assert all(f"4 processes need {4 * one / GIB:.1f}" in problem.what for problem in found)
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["launch.gpu_memory_gib=-1", "launch.gpu_peak_tflops=0", "launch.mfu=0", "parallel.recompute_num_layers=0", "model.num_layers=0",
+     "training.micro_batch_size=0", "training.global_batch_size=-8", "parallel.pipeline_model_parallel_size=5",
+     "parallel.tensor_model_parallel_size=0", "parallel.pipeline_model_parallel_layout=Etx", "model.kv_channels=-64",
+     "parallel.num_layers_per_virtual_pipeline_stage=0", "model.num_query_groups=-1", "training.seq_length=-1"],
+)  # fmt: skip
+def test_nothing_is_reckoned_from_impossible_values(word):
+    """Another rule says what is wrong with them; the estimate stays silent, and whole."""
+    more = "parallel.recompute_granularity=full parallel.recompute_method=uniform parallel.recompute_num_layers=1"
+    words = [*ONE_GPU.split(), "launch.gpu_memory_gib=1", "launch.gpu_peak_tflops=312", *more.split(), word]
+    assert not verdict("345m", *words)
+    loaded = load(["recipe=345m", *words])
+    errors = [problem for problem in check(loaded.recipe, loaded.sources) if problem.severity == "error"]
+    assert any(word.split("=")[0] in problem.where for problem in errors)
+
+
 def test_the_lines_of_check():
     """One line where the stages are alike, a table with a row for each kind of stage where they are not."""
     alike = estimate(recipe("launch.gpu_memory_gib=24 launch.gpu_peak_tflops=312"))
