@@ -15,6 +15,7 @@ from launcher.recipe import (
     check_run,
     check_schedule,
     check_slurm,
+    check_stages,
 )
 from launcher.recipe.load import Loaded
 from launcher.recipe.offers import keep_sound
@@ -30,9 +31,9 @@ _TRAINING: tuple[Check, ...] = (
     check_layout.world,
     check_layout.batch,
     check_layout.tensor_parallel,
-    check_layout.pipeline,
-    check_layout.interleaving,
-    check_layout.recompute,
+    check_stages.pipeline,
+    check_stages.interleaving,
+    check_stages.recompute,
     check_layout.data_parallel,
     check_layout.machines,
     check_layout.gpus,
@@ -53,7 +54,7 @@ _ANSWERING: tuple[Check, ...] = (
     check_model.family,
     check_layout.world,
     check_layout.tensor_parallel,
-    check_layout.pipeline,
+    check_stages.pipeline,
     check_layout.machines,
     check_layout.gpus,
     check_answers.checkpoint,
@@ -70,7 +71,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 
 
 # The checks that look at the recipe alone, at no file: asked again about every change that they offer.
-_OF_THE_RECIPE = {module.__name__ for module in (check_model, check_layout, check_schedule)}
+_OF_THE_RECIPE = {module.__name__ for module in (check_model, check_layout, check_stages, check_schedule)}
 
 
 def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain", **options: bool) -> list[Problem]:

@@ -5,13 +5,13 @@ The last matters most: where a share has no token, megatron-core 0.16 loops for 
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.recipe.blend import BlendError, parse_blend, parse_split
 from launcher.recipe.problem import Case, Problem, typed
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -20,10 +20,6 @@ _INPUT_FIX = (
     'give a JSONL file, one object such as {{"text": "..."}} per line, with --input FILE.jsonl;'
     " for a small one to try: python examples/make_corpus.py {}"
 )
-
-
-class BlendError(ValueError):
-    """A data_path that is neither a prefix nor a blend."""
 
 
 def tokenizer(case: Case) -> Iterator[Problem]:
@@ -85,52 +81,6 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     if not (slash and index.isdigit() and number.isdigit() and int(index) < int(number)):
         raise ValueError(f"{shard!r} is no share i/n of the input, counted from 0")
     return int(index), int(number)
-
-
-def parse_blend(value: Any) -> tuple[list[str], list[float] | None]:
-    """A data_path as prefixes and weights, read as Megatron-LM reads its --data-path words.
-
-    A prefix, or a list of prefixes (no weights: by their sizes), or weight, prefix, weight, prefix, …
-
-    Raises:
-        BlendError: it is none of these.
-    """
-    words = value if isinstance(value, (list, tuple)) else [value]
-    if not words or any(isinstance(word, (dict, list, tuple, bool)) or word is None for word in words):
-        raise BlendError("it is neither a prefix nor a list of weights and prefixes")
-    numbers = [_number(word) for word in words]
-    if all(number is None for number in numbers) or len(words) == 1:
-        return [str(word) for word in words], None
-    weights, prefixes = numbers[::2], [str(word) for word in words[1::2]]
-    if len(words) % 2 or any(weight is None for weight in weights):
-        raise BlendError("a blend is weight, prefix, weight, prefix, …")
-    if any(not weight > 0 or math.isinf(weight) for weight in weights):
-        raise BlendError("every weight of a blend is above 0: leave out what is not to be read")
-    return prefixes, weights
-
-
-def _number(word: Any) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def parse_split(split: str) -> list[tuple[float, float] | None]:
-    """A split such as '969,30,1' as the shares (begin, end) of train, validation and test; None where one has no share.
-
-    The arithmetic is megatron-core's to the last bit, because rounding decides which documents a share gets.
-
-    Raises:
-        ValueError: it is not made of one to three numbers that add up to something.
-    """
-    shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
-    if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
-        raise ValueError(f"{split!r} is not up to three shares")
-    ends = [0.0]
-    for share in shares + [0.0] * (3 - len(shares)):
-        ends.append(ends[-1] + share / sum(shares))
-    return [(begin, end) if end > begin else None for begin, end in zip(ends, ends[1:])]
 
 
 def data(case: Case) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launcher.recipe import check_layout, check_schedule
+from launcher.recipe import check_layout, check_schedule, check_stages
 from launcher.recipe.problem import Case, Check, Problem
 from launcher.recipe.resolve import padded_vocabulary
 from launcher.recipe.schema import Recipe
@@ -16,9 +16,9 @@ RULES: tuple[Check, ...] = (  # those of `check` that a layout can break
     check_layout.world,
     check_layout.batch,
     check_layout.tensor_parallel,
-    check_layout.pipeline,
-    check_layout.interleaving,
-    check_layout.recompute,
+    check_stages.pipeline,
+    check_stages.interleaving,
+    check_stages.recompute,
     check_layout.data_parallel,
     check_layout.machines,
     check_schedule.rampup,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from data_tools.tokenizers import build_tokenizer
 from launcher.recipe import load
+from launcher.recipe.blend import BlendError, parse_blend, parse_split
 from launcher.recipe.check import check
-from launcher.recipe.check_data import BlendError, parse_blend, parse_split
 from launcher.recipe.pipeline import LayoutError, parse_layout
 from tests.launcher.recipe.differential import core_refusal, one_process, our_problems, resolved
 
