@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 from launcher.recipe.device import gpu_count
 from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
@@ -14,14 +15,18 @@ PP = "parallel.pipeline_model_parallel_size"
 def world(case: Case) -> Iterator[Problem]:
     """TP x PP processes hold one model; the whole must be a multiple of that."""
     p, processes = case.recipe.parallel, case.recipe.derived.world_size
-    ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    ranks = tp * pp
     if ranks > 0 and processes > 0 and processes % ranks:
         nodes = case.recipe.launch.nnodes
-        per_node = f"launch.nproc_per_node={nearest(processes // nodes, ranks // nodes if ranks % nodes == 0 else ranks)}"
+        per_node = ranks // gcd(ranks, nodes)
+        fixes = [f"launch.nproc_per_node={nearest(processes // nodes, per_node)}"]
+        fixes += [f"{PP}={nearest_divisors(processes // tp, pp)}"] * (processes % tp == 0)
+        fixes += [f"{TP}={nearest_divisors(processes // pp, tp)}"] * (processes % pp == 0)
         yield Problem(
-            f"{processes} processes cannot be shared out over TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} = {ranks}",
+            f"{processes} processes cannot be shared out over TP {tp} x PP {pp} = {ranks}",
             case.at("launch.nnodes", "launch.nproc_per_node", TP, PP),
-            f"{per_node}, or another TP or PP",
+            ", or ".join(fixes),
         )
 
 

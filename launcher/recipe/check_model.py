@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.recipe.problem import Case, Problem, nearest
+from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
 
 REQUIRED = (
     "model.num_layers",
@@ -96,7 +96,7 @@ def shapes(case: Case) -> Iterator[Problem]:
         yield Problem(
             f"{heads} heads cannot be shared out over {groups} query groups",
             case.at("model.num_attention_heads", "model.num_query_groups"),
-            f"model.num_query_groups must divide {heads}",
+            f"model.num_query_groups={nearest_divisors(heads, groups)}",
         )
     if t.seq_length and m.max_position_embeddings and t.seq_length > m.max_position_embeddings:
         yield Problem(

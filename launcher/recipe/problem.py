@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, Literal
 
 from launcher.errors import UserError
@@ -73,7 +74,8 @@ def nearest(value: int, divisor: int) -> str:
 
 def divisors(value: int) -> list[int]:
     """The divisors of a positive number, ascending."""
-    return [d for d in range(1, value + 1) if value % d == 0]
+    small = [d for d in range(1, isqrt(value) + 1) if value % d == 0]
+    return sorted({*small, *(value // d for d in small)})
 
 
 def nearest_divisors(value: int, wanted: int) -> str:

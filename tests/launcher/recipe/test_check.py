@@ -70,7 +70,7 @@ def test_a_sound_recipe_passes_and_an_unsound_one_is_raised_whole(problems):
             "hidden_size 98 cannot be shared out over 4 heads",
             "model.hidden_size=96 or 100",
         ),
-        (("model.num_query_groups=3",), "4 heads cannot be shared out over 3 query groups", "must divide 4"),
+        (("model.num_query_groups=3",), "4 heads cannot be shared out over 3 query groups", "model.num_query_groups=2 or 4"),
         (("model.max_position_embeddings=8",), "seq_length 16 is longer", "training.seq_length=8"),
         (
             ("model.position_embedding_type=rope", "model.kv_channels=25"),
