@@ -13,19 +13,22 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_tools.errors import IndexedError
 from data_tools.lock import Lock
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 _CHUNK = 1 << 20  # index entries turned at a time while finishing: 12 MiB
+_DOCUMENTS = 1 << 18  # documents turned at a time elsewhere: some MiB, where a document is of some sequences
+_COPIED = 1 << 24
+_FIX = "`yuan data repair` mends what can be mended; or make the pair again with `yuan preprocess`"
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -65,7 +68,7 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype | str):
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
         self.documents = self.sequences = self.tokens = 0
-        self._code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.dtype)
+        self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
         self._bin_part, self._idx_part = (path.with_name(path.name + ".part") for path in (bin_path(prefix), idx_path(prefix)))
         self._lock = Lock(Path(f"{prefix}.lock"))
         self._bin = open(self._bin_part, "wb")
@@ -105,8 +108,25 @@ class IndexedWriter:
         if int(lengths.sum(dtype="i8")) * self.dtype.itemsize != size or int(sequences.sum(dtype="i8")) != len(lengths):
             raise ValueError(f"{tokens} has {size} bytes, which its lengths do not add up to")
         with open(tokens, "rb") as file:
-            shutil.copyfileobj(file, self._bin, 1 << 24)
-        self._count(size // self.dtype.itemsize, lengths.astype("<i4"), sequences.astype("<i8"))
+            self.add_stream(file, [(lengths, sequences)])
+
+    def add_stream(self, tokens: BinaryIO, index: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Any number of documents in bounded memory: an open file of raw tokens of this pair's dtype, read only as far as
+        the index goes, and their (lengths of sequences, sequences of documents) piece by piece.
+
+        Raises:
+            ValueError: the file ends before its index.
+        """
+        for lengths, sequences in index:
+            count = int(lengths.sum(dtype="i8"))
+            left = count * self.dtype.itemsize
+            while left:
+                block = tokens.read(min(left, _COPIED))
+                if not block:
+                    raise ValueError(f"{tokens.name} ends {left} bytes before its index")
+                self._bin.write(block)
+                left -= len(block)
+            self._count(count, lengths.astype("<i4"), sequences.astype("<i8"))
 
     def _count(self, tokens: int, lengths: np.ndarray, sequences: np.ndarray) -> None:
         self._lengths.write(lengths.tobytes())
@@ -135,7 +155,7 @@ class IndexedWriter:
 
     def _write_index(self) -> None:
         with open(self._idx_part, "wb") as out:
-            out.write(_HEADER.pack(_MAGIC, 1, self._code, self.sequences, self.documents + 1))
+            out.write(HEADER.pack(MAGIC, 1, self._code, self.sequences, self.documents + 1))
             self._lengths.seek(0)
             shutil.copyfileobj(self._lengths, out)
             self._lengths.seek(0)
@@ -171,8 +191,9 @@ class IndexedReader:
     Attributes:
         dtype: numpy type of the tokens.
         documents, sequences, tokens: counts.
-        lengths: int32[sequences], tokens of each.
+        lengths, offsets: int32[sequences], int64[sequences], tokens of each and the byte in the .bin at which it begins.
         boundaries: int64[documents + 1], first sequence of each document, and the end.
+        multimodal: each sequence has a mode too, which nothing here reads or writes.
         description: what made the data, or None where that is not known: `documents`, `tokens`, `largest_id`,
             `append_eod` and `tokenizer` with its `type`, `sha256` (`Tokenizer.hash`), `vocab_size` and `eod`.
 
@@ -185,31 +206,33 @@ class IndexedReader:
         for path in (idx_path(prefix), bin_path(prefix)):
             if not path.is_file():
                 raise IndexedError(f"no such file: {path}", str(prefix), "give the path without .bin or .idx; `yuan preprocess` makes both")
-        if idx_path(prefix).stat().st_size < _HEADER.size:
+        if idx_path(prefix).stat().st_size < HEADER.size:
             raise self._torn("too short for the index of a Megatron dataset")
         index = np.memmap(idx_path(prefix), mode="r", dtype="u1")
-        magic, version, code, count, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
-        if (magic, version) != (_MAGIC, 1) or code not in _DTYPES:
+        magic, version, code, count, boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+        if (magic, version) != (MAGIC, 1) or code not in DTYPES:
             raise self._torn("not the index of a Megatron dataset")
-        self.dtype, self.sequences, self.documents = np.dtype(_DTYPES[code]), count, boundaries - 1
-        end = _HEADER.size + 12 * count + 8 * boundaries
+        self.dtype, self.sequences, self.documents = np.dtype(DTYPES[code]), count, boundaries - 1
+        end = HEADER.size + 12 * count + 8 * boundaries
         if len(index) not in (end, end + count):  # one more byte per sequence: a multimodal dataset's modes
             raise self._torn(f"{len(index)} bytes where its header asks for {end}")
-        lengths_end, offsets_end = _HEADER.size + 4 * count, _HEADER.size + 12 * count
-        self.lengths = index[_HEADER.size : lengths_end].view("<i4")
-        self._offsets = index[lengths_end:offsets_end].view("<i8")
+        self.multimodal = len(index) > end
+        lengths_end, offsets_end = HEADER.size + 4 * count, HEADER.size + 12 * count
+        self.lengths = index[HEADER.size : lengths_end].view("<i4")
+        self.offsets = index[lengths_end:offsets_end].view("<i8")
         self.boundaries = index[offsets_end:end].view("<i8")
         self.tokens = int(self.lengths.sum(dtype="i8"))
-        if self.documents < 0 or self.boundaries[-1] != count:
-            raise self._torn("its last document does not end with its last sequence")
+        if self.documents == 0 and count:
+            raise self._torn("no document is ended, as in the files of Yuan 2.0's preprocess_data_yuan.py")
+        if self.documents < 0 or self.boundaries[0] != 0 or self.boundaries[-1] != count:
+            raise self._torn("its documents do not begin with its first sequence and end with its last")
         self._map_tokens()
         self.description = self._read_description()
 
     def _map_tokens(self) -> None:
         path, wanted = bin_path(self.prefix), self.tokens * self.dtype.itemsize
         if path.stat().st_size != wanted:
-            fix = "make the pair again with `yuan preprocess`"
-            raise IndexedError(f"{path.stat().st_size} bytes where the .idx speaks of {wanted}", str(path), fix)
+            raise IndexedError(f"{path.stat().st_size} bytes where the .idx speaks of {wanted}", str(path), _FIX)
         self._data = np.memmap(path, mode="r", dtype=self.dtype) if self.tokens else np.empty(0, self.dtype)
 
     def _read_description(self) -> dict[str, Any] | None:
@@ -226,11 +249,35 @@ class IndexedReader:
         return int(min((part.min() for part in ends), default=0)), int(max((part.max() for part in ends), default=-1))
 
     def _torn(self, what: str) -> IndexedError:
-        return IndexedError(what, str(idx_path(self.prefix)), "make the pair again with `yuan preprocess`")
+        return IndexedError(what, str(idx_path(self.prefix)), _FIX)
 
     def get(self, sequence: int) -> np.ndarray:
         """Tokens of one sequence, a view into the file; IndexError outside 0 to sequences - 1."""
         if not 0 <= sequence < self.sequences:
             raise IndexError(f"sequence {sequence} of {self.sequences}")
-        start = int(self._offsets[sequence]) // self.dtype.itemsize
+        start = int(self.offsets[sequence]) // self.dtype.itemsize
         return self._data[start : start + int(self.lengths[sequence])]
+
+    def document(self, number: int) -> list[np.ndarray]:
+        """The sequences of one document; IndexError outside 0 to documents - 1."""
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} of {self.documents}")
+        return [self.get(i) for i in range(int(self.boundaries[number]), int(self.boundaries[number + 1]))]
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The index piece by piece, for `IndexedWriter.add_stream`."""
+        return pieces(self.lengths, self.boundaries)
+
+
+def pieces(lengths: np.ndarray, boundaries: np.ndarray, size: int = _DOCUMENTS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """An index as (lengths of sequences int32, sequences of documents int64), `size` documents at a time."""
+    for start in range(0, len(boundaries) - 1, size):
+        edges = np.asarray(boundaries[start : start + size + 1])
+        yield np.asarray(lengths[edges[0] : edges[-1]]), np.diff(edges)
+
+
+def document_tokens(lengths: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    """Tokens of each document, int64, of one of the `pieces`."""
+    until = np.concatenate([[0], np.cumsum(lengths, dtype="i8")])
+    ends = np.cumsum(sequences)
+    return until[ends] - until[ends - sequences]

@@ -182,5 +182,6 @@ def _manifest(tokenizer: Tokenizer, plan: dict[str, object], count: Counts, inpu
         "input_bytes": count.bytes,
         "input_sha256": inputs_hash,  # of the sha256 of each part, in hex, one after another
         "encoded_by": tokenizer.engine,
+        "tokenizer_arguments": {**{name: str(path) for name, path in tokenizer.files.items()}, **tokenizer.options},
         **plan,
     }
