@@ -22,6 +22,7 @@ VERBS = {
     "migrate": "Turn an old command line or script into a recipe.",
     "tokenizer": "Train a tokenizer, or look at one.",
     "preprocess": "Text to token ids: JSONL into .bin and .idx.",
+    "data": "Look at .bin and .idx: inspect, verify, repair, merge, index.",
     "pretrain": "Train from random weights, or resume a run.",
     "generate": "Answer a file of prompts from a checkpoint.",
     "doctor": "Look this machine over: versions, devices, speed.",

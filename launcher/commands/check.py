@@ -16,6 +16,7 @@ from launcher.recipe.check_memory import reckonable
 from launcher.recipe.check_run import going_on
 from launcher.recipe.estimate.report import estimate
 from launcher.recipe.problem import Case
+from launcher.recipe.sample_index import described
 from launcher.recipe.size import parameters
 from launcher.recipe.verb import verb_of
 
@@ -84,6 +85,7 @@ def summary(loaded: Loaded) -> list[str]:
         "length": length,
         "vocabulary": f"{d.vocab_size:,} ids, padded to {d.padded_vocab_size:,}",
         "run folder": str(r.run.dir),
+        **({"index": index} if (index := described(r)) else {}),
         **estimate(r),
     }
     return aligned(lines)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.commands.data import build_index
 from launcher.commands.tokenizer import (
     MergeFile,
     PlainSpecialTokens,
@@ -22,7 +23,7 @@ from launcher.commands.tokenizer import (
     typed_keys,
 )
 from launcher.errors import UserError
-from launcher.recipe import Loaded, load
+from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
 from launcher.recipe.check_data import parse_shard
 from launcher.recipe.tokenizer import tokenizer_of
@@ -153,7 +154,20 @@ def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: 
     _report_left_out(prefixes[0], counts[0])
     for prefix, count in zip(prefixes, counts, strict=True):
         typer.echo(f"           {prefix}.bin and .idx: {count.tokens:,} tokens, largest id {count.largest_id}")
+    _index(loaded, prefixes)
     typer.echo(f"next       {_next_command(loaded, prefixes[0])}")
+
+
+def _index(loaded: Loaded, prefixes: list[str]) -> None:
+    """The sample index of the training that the recipe is for, where its data were just made: GPUs need not wait for it."""
+    made = {Path(prefix).resolve() for prefix in prefixes}
+    if loaded.recipe.model.num_layers is None or not made & {Path(prefix).resolve() for prefix in sample_index.prefixes(loaded.recipe)}:
+        return
+    faults = [problem for problem in sample_index.problems(loaded.recipe, loaded.sources) if problem.severity == "error"]
+    try:
+        typer.echo(f"index      not built: {faults[0].what}" if faults else build_index(loaded))
+    except UserError as error:
+        typer.echo(f"index      not built: {error.what}")
 
 
 def _report_left_out(prefix: str, count: Counts) -> None:

@@ -19,6 +19,7 @@ from launcher.recipe import load
 from launcher.recipe.check import ensure
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.resolve import keep_padded_vocabulary
+from launcher.recipe.sample_index import described
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import parameters
 from launcher.run.folder import RunFolder, open_run
@@ -54,13 +55,14 @@ def pretrain(
 
 
 def plan(recipe: Recipe) -> str:
-    """What is about to be trained, in five lines."""
+    """What is about to be trained, in some lines."""
     model, parallel, training, derived = recipe.model, recipe.parallel, recipe.training, recipe.derived
     layout = f"{derived.world_size} x {derived.device}: TP {parallel.tensor_model_parallel_size}"
     layout += f", PP {parallel.pipeline_model_parallel_size}, DP {derived.data_parallel_size}"
     steps = f"{derived.train_iters:,} steps, " if derived.train_iters else ""
     batch = f"{training.global_batch_size} samples of {training.seq_length} tokens"
     batch += f" ({derived.num_microbatches} micro-batches of {training.micro_batch_size} per rank)"
+    index = described(recipe)
     return "\n".join(
         [
             f"run        {recipe.run.dir}",
@@ -69,6 +71,7 @@ def plan(recipe: Recipe) -> str:
             f"processes  {layout}, {training.precision}",
             f"batch      {batch}",
             f"training   {steps}{derived.train_samples:,} samples, {derived.train_samples * training.seq_length:,} tokens",
+            *([f"index      {index}"] if index else []),
         ]
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset
 
+from launcher.errors import UserError
+from launcher.recipe.sample_index import cache_folder, is_whole, note_path, sample_counts, words, write_note
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -35,52 +38,70 @@ class SequentialBatches:
             yield list(range(start + first, start + first + self.micro_batch_size))
 
 
-def sample_counts(recipe: Recipe) -> list[int]:
-    """Samples of the train, validation and test sets that the whole run may consume, as Megatron-LM counts them."""
-    training, derived = recipe.training, recipe.derived
-    evaluation = training.eval_iters * training.global_batch_size
-    train = training.train_samples or derived.train_samples
-    return [train, (derived.train_iters // training.eval_interval + 1) * evaluation, evaluation]
-
-
 def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """The three sets; None where this rank reads no data or a set has no share. Rank 0 builds the sample indices first."""
+    """The three sets; None where this rank reads no data or a set has no share. Rank 0 builds the sample index first,
+    where `yuan data index` has not."""
+    if torch.distributed.get_rank() == 0:
+        build_index(recipe)
+    return _builder(recipe, cache_folder(recipe), lambda: reads_data(recipe)).build()
+
+
+def build_index(recipe: Recipe) -> bool:
+    """Build megatron-core's sample index of the recipe's data where it is not there; without GPUs or process groups.
+
+    It is made beside the cache folder and moved there, so that no one reads half of it, whoever else builds the same.
+
+    Returns:
+        Whether it had to be built.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    note = note_path(recipe)
+    if is_whole(note):
+        return False
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{note.parent.name}.", suffix=".part", dir=note.parent.parent) as part:
+            with _as_if_alone():
+                _builder(recipe, Path(part), lambda: True).build()
+            write_note(note, [path.replace(note.parent / path.name) for path in sorted(Path(part).iterdir())])
+    except OSError as error:
+        fix = "see to the space and the rights there, or data.data_cache_path=ANOTHER_FOLDER"
+        raise UserError(f"the sample index cannot be written: {error}", str(note.parent), fix) from error
+    return True
+
+
+def _builder(recipe: Recipe, cache: Path, reads: Callable[[], bool]) -> BlendedMegatronDatasetBuilder:
     data = recipe.data
     sources = [data.train_data_path, data.valid_data_path, data.test_data_path]
-    blend = None if data.data_path is None else get_blend_from_list(_words(data.data_path))
-    per_split = None if blend else [get_blend_from_list(_words(source)) for source in sources]
+    blend = None if data.data_path is None else get_blend_from_list(words(data.data_path))
+    per_split = None if blend else [get_blend_from_list(words(source)) for source in sources]
     config = GPTDatasetConfig(
         random_seed=recipe.training.seed,
         sequence_length=recipe.training.seq_length,
         blend=blend,
         blend_per_split=per_split,
         split=data.split if blend else None,
-        path_to_cache=str(cache_folder(recipe)),
+        path_to_cache=str(cache),
         tokenizer=tokenizer_of(recipe.tokenizer),
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=data.reset_attention_mask,  # causal attention needs no mask of its own
     )
-    reads = lambda: reads_data(recipe)  # noqa: E731  the builder wants a function and calls it on every rank
-    return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts(recipe), reads, config).build()
+    return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts(recipe), reads, config)
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where megatron-core keeps its sample indices: a folder per content of the .idx files.
-
-    Its own key is made of names and settings; data written anew under the same name would be read by the old indices.
-    """
-    data = recipe.data
-    sources = [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]
-    prefixes = [word for source in sources for word in _words(source) or [] if Path(f"{word}.idx").is_file()]
-    digest = hashlib.sha256()
-    for prefix in prefixes:
-        with open(f"{prefix}.idx", "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    base = Path(data.data_cache_path) if data.data_cache_path else Path(prefixes[0]).parent / "cache"
-    return base / digest.hexdigest()[:16]
+@contextmanager
+def _as_if_alone() -> Iterator[None]:
+    """megatron-core's builder waits for all ranks after each set, and asks for its rank even where there is no group."""
+    kept = torch.distributed.is_initialized, torch.distributed.get_rank
+    torch.distributed.is_initialized, torch.distributed.get_rank = lambda: False, lambda *_, **__: 0
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized, torch.distributed.get_rank = kept
 
 
 def reads_data(recipe: Recipe) -> bool:
@@ -143,10 +164,3 @@ def next_batch(recipe: Recipe, batches: Iterator[dict] | None) -> dict[str, torc
         if masked:
             batch |= tensor_parallel.broadcast_data(["attention_mask"], sample, torch.bool)
     return {name: batch.get(name) for name in names}
-
-
-def _words(path) -> list[str] | None:
-    """A prefix or a blend as Megatron-LM's list of words: ['0.7', 'a', '0.3', 'b'] or ['a']."""
-    if path is None:
-        return None
-    return [str(word) for word in path] if isinstance(path, (list, tuple)) else [str(path)]
