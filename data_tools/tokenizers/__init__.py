@@ -3,60 +3,87 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from data_tools.errors import TokenizerError
 from data_tools.tokenizers.base import Tokenizer
 from data_tools.tokenizers.gpt2_bpe import GPT2BPETokenizer
+from data_tools.tokenizers.huggingface import HuggingFaceTokenizer
 from data_tools.tokenizers.null import NullTokenizer
-from data_tools.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from data_tools.tokenizers.sentencepiece import SentencePieceTokenizer
+from data_tools.tokenizers.tiktoken import TikTokenizer
+from data_tools.tokenizers.train import train_byte_level_bpe, train_sentencepiece
+from data_tools.tokenizers.yuan import YuanTokenizer
 
+_TYPES: dict[str, type[Tokenizer]] = {
+    one.type: one
+    for one in (GPT2BPETokenizer, HuggingFaceTokenizer, TikTokenizer, SentencePieceTokenizer, YuanTokenizer, NullTokenizer)
+}
 # What each type is built from; the other arguments are not its own.
 TOKENIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file", "plain_special_tokens", "use_gigatoken"),
+    "HuggingFaceTokenizer": ("tokenizer_model", "eod_token", "tokenizer_hf_include_special_tokens", "use_gigatoken"),
+    "TikTokenizer": (
+        "tokenizer_model", "tiktoken_pattern", "tiktoken_special_tokens", "tiktoken_num_special_tokens", "vocab_size", "eod_token",
+        "plain_special_tokens", "use_gigatoken",
+    ),
     "SentencePieceTokenizer": ("tokenizer_model",),
+    "YuanTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
+}  # fmt: skip
+# The name of tokenizer_model's file in a folder of a published model, for the types that may be given the folder.
+MODEL_FILES = {
+    "HuggingFaceTokenizer": "tokenizer.json",
+    "SentencePieceTokenizer": "tokenizer.model",
+    "YuanTokenizer": "tokenizer.model",
 }
+_FILES = ("vocab_file", "merge_file", "tokenizer_model")
 _GPT2_FIX = (
     "take vocab.json and merges.txt of OpenAI's GPT-2, as published with the model openai-community/gpt2, and save them there; "
     "or train a tokenizer of your own: yuan tokenizer train --help"
 )
-_SENTENCEPIECE_FIX = "give the path of a SentencePiece .model, or make one: yuan tokenizer train --help"
+_FIXES = {
+    "GPT2BPETokenizer": _GPT2_FIX,
+    "HuggingFaceTokenizer": "give the folder of a model, or its tokenizer.json",
+    "TikTokenizer": "give a .tiktoken file, such as cl100k_base.tiktoken",
+    "SentencePieceTokenizer": "give the path of a SentencePiece .model, or make one: yuan tokenizer train --help",
+    "YuanTokenizer": "give the tokenizer.model of the released Yuan 2.0, or its folder",
+}
 
 
-def build_tokenizer(
-    type: str,
-    *,
-    vocab_file: str | Path | None = None,
-    merge_file: str | Path | None = None,
-    tokenizer_model: str | Path | None = None,
-    vocab_size: int | None = None,
-    plain_special_tokens: bool = False,
-    use_gigatoken: bool | None = None,
-) -> Tokenizer:
+def build_tokenizer(type: str, **arguments: Any) -> Tokenizer:
     """The tokenizer of this type; arguments that belong to other types are left alone (see TOKENIZER_ARGUMENTS).
 
     Raises:
         TokenizerError: an unknown type, an argument not given, a file missing or broken; its `fix` says what to do.
+        TypeError: an argument that no type has.
     """
-    if type == "GPT2BPETokenizer":
-        files = _file("vocab_file", vocab_file, _GPT2_FIX), _file("merge_file", merge_file, _GPT2_FIX)
-        return GPT2BPETokenizer(*files, plain_special_tokens=plain_special_tokens, use_gigatoken=use_gigatoken)
-    if type == "SentencePieceTokenizer":
-        return SentencePieceTokenizer(_file("tokenizer_model", tokenizer_model, _SENTENCEPIECE_FIX))
-    if type == "NullTokenizer":
-        if not isinstance(vocab_size, int) or vocab_size < 1:
-            fix = "give tokenizer.vocab_size, the number of ids in the data (--vocab-size)"
-            raise TokenizerError(f"NullTokenizer needs a vocab_size of at least 1, not {vocab_size}", "tokenizer.vocab_size", fix)
-        return NullTokenizer(vocab_size)
-    raise TokenizerError(f"unknown tokenizer type {type!r}", "tokenizer.type", "one of " + ", ".join(TOKENIZER_ARGUMENTS))
+    if type not in _TYPES:
+        raise TokenizerError(f"unknown tokenizer type {type!r}", "tokenizer.type", "one of " + ", ".join(_TYPES))
+    unknown = set(arguments).difference(*TOKENIZER_ARGUMENTS.values())
+    if unknown:
+        raise TypeError(f"no tokenizer has {', '.join(sorted(unknown))}")
+    own = TOKENIZER_ARGUMENTS[type]
+    given = {key: value for key, value in arguments.items() if key in own and value is not None}
+    given |= {key: _file(type, key, arguments.get(key)) for key in _FILES if key in own}
+    return _TYPES[type](**given)
 
 
-def _file(key: str, path: str | Path | None, fix: str) -> Path:
+def _file(type: str, key: str, path: str | Path | None) -> Path:
     if path is None:
-        raise TokenizerError(f"tokenizer.{key} is not given", f"tokenizer.{key}", fix)
-    if not Path(path).is_file():
-        raise TokenizerError(f"no such file: {path}", f"tokenizer.{key}", fix)
-    return Path(path)
+        raise TokenizerError(f"tokenizer.{key} is not given", f"tokenizer.{key}", _FIXES[type])
+    found = Path(path) / MODEL_FILES[type] if Path(path).is_dir() and type in MODEL_FILES else Path(path)
+    if not found.is_file():
+        raise TokenizerError(f"no such file: {found}", f"tokenizer.{key}", _FIXES[type])
+    return found
 
 
-__all__ = ["TOKENIZER_ARGUMENTS", "Tokenizer", "TokenizerError", "build_tokenizer", "train_sentencepiece"]
+__all__ = [
+    "MODEL_FILES",
+    "TOKENIZER_ARGUMENTS",
+    "Tokenizer",
+    "TokenizerError",
+    "build_tokenizer",
+    "train_byte_level_bpe",
+    "train_sentencepiece",
+]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,9 @@ class Tokenizer(ABC):
         type: Megatron-LM's --tokenizer-type.
         eod: id that ends a document.
         vocab_size: number of ids, unpadded; every id is below it.
-        special_ids: ids that stand for no text.
-        files: what a folder must hold to rebuild this tokenizer, by the name of the argument of `build_tokenizer`.
+        special_tokens: the ids that stand for no text, by the names that they are written with.
+        files: what decides the ids, by the name of the argument of `build_tokenizer`.
+        companions: files that belong beside them: copied with them, and no part of the hash.
         options: the other arguments that it was built with.
         settings: arguments that change its speed and no id.
     """
@@ -32,10 +34,16 @@ class Tokenizer(ABC):
     type: str
     eod: int
     vocab_size: int
-    special_ids: set[int]
+    special_tokens: dict[str, int]
     files: dict[str, Path]
-    options: dict[str, object]
-    settings: dict[str, object] = {}
+    companions: tuple[Path, ...] = ()
+    options: dict[str, Any]
+    settings: dict[str, Any] = {}
+
+    @property
+    def special_ids(self) -> set[int]:
+        """The ids of `special_tokens`."""
+        return set(self.special_tokens.values())
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -61,11 +69,15 @@ class Tokenizer(ABC):
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
     def hash(self) -> str:
-        """sha256 over the type, the options and the content of the files: equal hash, equal ids."""
-        digest = hashlib.sha256(f"{self.type}\n{sorted(self.options.items())}\n".encode())
+        """sha256 over the type, the content of the files and what else decides the ids: equal hash, equal ids."""
+        digest = hashlib.sha256(f"{self.type}\n{sorted(self._identity().items())}\n".encode())
         for name, path in sorted(self.files.items()):
             digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
         return digest.hexdigest()
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the ids, besides the files."""
+        return self.options
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled as what it is built from: 100 bytes, and the files are read again where it arrives."""
@@ -75,3 +87,9 @@ class Tokenizer(ABC):
     def unique_identifiers(self) -> OrderedDict[str, object]:
         """What megatron-core hashes into the name of a dataset's cache: content, so that moved files keep their cache."""
         return OrderedDict(type=self.type, sha256=self.hash())
+
+
+def joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of several texts as `Tokenizer.encode_arrays` gives them."""
+    lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+    return np.concatenate(arrays) if len(arrays) else np.empty(0, dtype=np.int64), lengths

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from data_tools.errors import TokenizerError
-from data_tools.tokenizers.base import Tokenizer
-from data_tools.tokenizers.gigatoken import Gigatoken
+from data_tools.tokenizers.huggingface import LibraryTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-class GPT2BPETokenizer(Tokenizer):
+class GPT2BPETokenizer(LibraryTokenizer):
     """GPT-2's tokenizer, id for id that of Megatron-LM.
 
     Args:
@@ -36,8 +30,6 @@ class GPT2BPETokenizer(Tokenizer):
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
-        # One thread per process: preprocessing has its workers, and threads do not survive the data loader's fork.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         where = f"{vocab_file}, {merge_file}"
         try:
             backend = Backend(models.BPE.from_file(str(vocab_file), str(merge_file)))
@@ -54,35 +46,7 @@ class GPT2BPETokenizer(Tokenizer):
         self._backend = backend
         self.eod = vocab[END_OF_TEXT]
         self.vocab_size = len(vocab)
-        self.special_ids = {self.eod}
+        self.special_tokens = {END_OF_TEXT: self.eod}
         self.files = {"vocab_file": vocab_file, "merge_file": merge_file}
         self.options = {"plain_special_tokens": plain_special_tokens}
         self.settings = {"use_gigatoken": use_gigatoken}
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # The fast variant leaves out the offsets that nobody asked for.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return self._fast.encode_arrays(texts) if self._fast else super().encode_arrays(texts)
-
-    @cached_property
-    def _fast(self) -> Gigatoken | None:
-        if self.settings["use_gigatoken"] is False:
-            return None
-        try:
-            return Gigatoken(self._backend.to_str(), self.encode_batch)
-        except TokenizerError:
-            if self.settings["use_gigatoken"]:
-                raise
-            return None
-
-    @property
-    def engine(self) -> str:
-        return "gigatoken" if self._fast else "tokenizers"
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data_tools.errors import TokenizerError
 from data_tools.tokenizers.base import Tokenizer
 
 
@@ -12,14 +13,20 @@ class NullTokenizer(Tokenizer):
 
     Args:
         vocab_size: number of ids in the data (Megatron-LM's --vocab-size).
+
+    Raises:
+        TokenizerError: vocab_size is not given, or below 1.
     """
 
     type = "NullTokenizer"
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int | None = None):
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            fix = "give tokenizer.vocab_size, the number of ids in the data (--vocab-size)"
+            raise TokenizerError(f"NullTokenizer needs a vocab_size of at least 1, not {vocab_size}", "tokenizer.vocab_size", fix)
         self.eod = vocab_size
         self.vocab_size = vocab_size + 1
-        self.special_ids = {self.eod}
+        self.special_tokens = {str(self.eod): self.eod}
         self.files = {}
         self.options = {"vocab_size": vocab_size}
 

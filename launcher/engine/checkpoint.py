@@ -108,7 +108,8 @@ def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
     if folder.is_dir():
         return
     folder.mkdir(parents=True)
-    for path in tokenizer_of(recipe.tokenizer).files.values():
+    tokenizer = tokenizer_of(recipe.tokenizer)
+    for path in (*tokenizer.files.values(), *tokenizer.companions):
         shutil.copy2(path, folder / Path(path).name)
 
 

@@ -215,16 +215,28 @@ class Data:
 
 @dataclass
 class Tokenizer:
-    type: Literal["GPT2BPETokenizer", "SentencePieceTokenizer", "NullTokenizer"] = "GPT2BPETokenizer"
-    """Megatron-LM's --tokenizer-type."""
+    type: Literal[
+        "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer", "SentencePieceTokenizer", "YuanTokenizer", "NullTokenizer"
+    ] = "GPT2BPETokenizer"  # fmt: skip
+    """Megatron-LM's --tokenizer-type; YuanTokenizer is that of Yuan 2.0's fork."""
     tokenizer_model: Optional[str] = None
-    """SentencePiece's .model file."""
+    """SentencePiece's .model, Hugging Face's tokenizer.json, or a .tiktoken; for the first two, and Yuan's, a folder with it too."""
     vocab_file: Optional[str] = None
     """GPT-2's vocab.json."""
     merge_file: Optional[str] = None
     """GPT-2's merges.txt."""
     vocab_size: Optional[int] = None
     """Ids in the data, with NullTokenizer (the end of document is one more); else derived from the files, or room for more."""
+    eod_token: Optional[str] = None
+    """Ours: the token that ends a document, with HuggingFaceTokenizer (else its eos_token) or TikTokenizer (else <|endoftext|>)."""
+    tokenizer_hf_include_special_tokens: bool = False
+    """HuggingFaceTokenizer: put the beginning of sentence before every text that its tokenizer.json asks for. Off in 0.16, too."""
+    tiktoken_pattern: Optional[str] = None
+    """TikTokenizer: how texts are split: r50k_base, p50k_base, cl100k_base, o200k_base, v1, v2 or a regular expression. Derived: the file's name."""
+    tiktoken_special_tokens: Any = None
+    """TikTokenizer: a list of names, or names with their ids. Not given: those of the published encoding."""
+    tiktoken_num_special_tokens: Optional[int] = None
+    """TikTokenizer: ids before the ranks of a .json vocabulary; 1000 as in Megatron-LM if not given."""
     plain_special_tokens: bool = False
     """Ours: read a literal '<|endoftext|>' in the text as ordinary characters, as Megatron-LM's older versions did."""
     use_gigatoken: Optional[bool] = None

@@ -25,6 +25,11 @@ def tokenizer_of(settings: schema.Tokenizer) -> Tokenizer:
 
 def with_copies(settings: schema.Tokenizer, folder: Path) -> schema.Tokenizer:
     """The same settings, their files being the copies in `folder` where it has them: a checkpoint's `tokenizer/`."""
-    keys = ("tokenizer_model", "vocab_file", "merge_file")
-    copies = {key: folder / Path(getattr(settings, key) or "").name for key in keys if getattr(settings, key)}
-    return replace(settings, **{key: str(copy) for key, copy in copies.items() if copy.is_file()})
+    from data_tools.tokenizers import MODEL_FILES
+
+    copies = {}
+    for key in ("tokenizer_model", "vocab_file", "merge_file"):
+        given = Path(getattr(settings, key) or "").name
+        names = [given, MODEL_FILES.get(settings.type, "")] if key == "tokenizer_model" else [given]  # it may have been a folder
+        copies |= {key: str(folder / name) for name in reversed(names) if given and name and (folder / name).is_file()}
+    return replace(settings, **copies)
