@@ -141,9 +141,7 @@ def _as_yuan(found: dict[str, list[Words]], recipe: Recipe) -> dict[str, list[Wo
         for words in all_words:
             if words[0] == "--normalization":
                 words = ["--norm-dtype", *words[1:]]
-            elif words[0] == "--tokenizer-type" and tokenizer.endswith("/tokenizer.model"):
-                words = ["--tokenizer-type", "YuanTokenizer"]
-            elif words[0] == "--tokenizer-model" and tokenizer.endswith("/tokenizer.model"):
+            elif words[0] == "--tokenizer-model" and recipe.tokenizer.type == "YuanTokenizer":
                 words = ["--tokenizer-model-path", tokenizer.removesuffix("/tokenizer.model")]
             elif words[0] == "--pipeline-model-parallel-layout" and stages:
                 words = ["--pipeline-model-parallel-method", "block", "--pipeline-model-parallel-blocks", stages]

@@ -183,8 +183,6 @@ def _valued(line: Line, flag: table.Flag, words: list[str]) -> None:
         line.became = {flag.key: _list(line, flag.key, words)}
         return
     value = table.VALUES.get(flag.name, {}).get(words[0], words[0])
-    if flag.name == "--tokenizer-type" and words[0] == "YuanTokenizer":
-        value, line.note = "SentencePieceTokenizer", "the file of Yuan's tokenizer is one of SentencePiece's"
     if table.choices(flag.key) and value not in table.choices(flag.key):
         line.lost = f"{words[0]} is not among what {flag.key} can be: {', '.join(map(str, table.choices(flag.key)))}"
         return

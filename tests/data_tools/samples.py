@@ -43,3 +43,49 @@ def small_gpt2(folder: Path) -> dict[str, Path]:
     trainer.save_model(str(folder))  # merges.txt, and a vocab.json without the special token
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     return {"vocab_file": folder / "vocab.json", "merge_file": folder / "merges.txt"}
+
+
+YUAN_SPECIALS = ["<eod>", "<n>", "<sep>", "<pad>", "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>",
+                 "<empty_output>", "<commit_before>", "<commit_msg>", "<commit_after>"]  # fmt: skip
+
+
+def yuan_model(words: str = "the cat sat on that mat return self hello world RLHF 今天天气很好 世界你好") -> bytes:
+    """A SentencePiece model with the quirks of Yuan 2.0's: merged out of vocabularies, so that thousands of scores tie;
+    special tokens that are ordinary pieces; bytes for what it does not know; a dummy prefix.
+
+    Args:
+        words: every part of one of these of up to four characters is a piece.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    kinds = model.SentencePiece
+    names: set[str] = set()
+
+    def add(piece: str, score: float, kind: int = kinds.NORMAL) -> None:
+        if piece not in names:
+            names.add(piece)
+            model.pieces.add(piece=piece, score=score, type=kind)
+
+    add("<unk>", 0.0, kinds.UNKNOWN)
+    add("<s>", 0.0, kinds.CONTROL)
+    add("</s>", 0.0, kinds.CONTROL)
+    for byte in range(256):
+        add(f"<0x{byte:02X}>", 0.0, kinds.BYTE)
+    spelled = ["▁" + word for word in words.split()]
+    parts = [word[i : i + size] for size in (2, 3, 4) for word in spelled for i in range(len(word) - size + 1)]
+    for rank, part in enumerate(sorted(set(parts[: len(parts) // 3]))):
+        add(part, -float(rank))  # the first vocabulary has its ranks as scores
+    for part in sorted(set(parts)):
+        add(part, -13.047 if "▁" in part else 0.0)  # those merged into it have one score each
+    for token in YUAN_SPECIALS:
+        add(token, 0.0)
+    for code in [*range(33, 127), 0x2581, *sorted({ord(sign) for sign in words if ord(sign) > 126})]:
+        add(chr(code), -100.0)
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = model.trainer_spec.split_digits = True
+    model.trainer_spec.vocab_size = len(model.pieces)
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.escape_whitespaces = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()

@@ -9,7 +9,7 @@ import pytest
 from data_tools.indexed import IndexedWriter
 from data_tools.tokenizers import train_sentencepiece
 from launcher.recipe.load import Loaded
-from tests.data_tools.samples import small_gpt2
+from tests.data_tools.samples import small_gpt2, yuan_model
 
 ROW = {"instruction": "What is a list?", "input": "", "output": "A sequence."}
 
@@ -28,7 +28,7 @@ def stand_in(tmp_path, monkeypatch, sentencepiece):
     def make(loaded: Loaded) -> None:
         r = loaded.recipe
         if r.tokenizer.tokenizer_model:
-            write(r.tokenizer.tokenizer_model, sentencepiece)
+            write(r.tokenizer.tokenizer_model, yuan_model() if r.tokenizer.type == "YuanTokenizer" else sentencepiece)
         if r.tokenizer.vocab_file:
             files = small_gpt2(tmp_path)
             write(r.tokenizer.vocab_file, files["vocab_file"].read_bytes())

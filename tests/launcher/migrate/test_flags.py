@@ -74,7 +74,8 @@ TOGETHER = {
     "recompute": ["", "--recompute-granularity selective",
                   "--recompute-granularity full --recompute-method block --recompute-num-layers 3"],
     "tokenizer": ["--tokenizer-type GPT2BPETokenizer", "--tokenizer-type NullTokenizer --vocab-size 99",
-                  "--tokenizer-type SentencePieceTokenizer"],
+                  "--tokenizer-type SentencePieceTokenizer", "--tokenizer-type HuggingFaceTokenizer --tokenizer-hf-include-special-tokens",
+                  "--tokenizer-type TikTokenizer --tiktoken-pattern v1 --tiktoken-num-special-tokens 9 --tiktoken-special-tokens <a> <b>"],
     "folders": ["--save out --load out", "--save out --load other", "--save out --load other --finetune", "--save 'o u t' --load 'o u t'"],
     "data": ["", "--data-path a_text_document", "--data-path 0.7 'a b' 0.3 b --split 90,10,0", "--data-path a b c",
              "--train-data-path 1 a --valid-data-path b --test-data-path c"],
@@ -173,7 +174,7 @@ def test_other_spellings_and_what_flags_mean_together(flags, keys):
 @pytest.mark.parametrize("flags", [
     "--context-parallel-size 2", "--num-experts 8", "--fim-rate 0.5", "--optimizer sgd", "--ckpt-format zarr", "--mock-data",
     "--position-embedding-type relative", "--moe-router-topk 2", "--fp8-format hybrid", "--a-flag-of-tomorrow 3",
-    "--tokenizer-type HuggingFaceTokenizer", "--num-virtual-stages-per-pipeline-rank 3", "--data-path $DATA",
+    "--tokenizer-type BertWordPieceCase", "--num-virtual-stages-per-pipeline-rank 3", "--data-path $DATA",
 ])  # fmt: skip
 def test_what_changes_the_result_and_has_no_key_is_said_loudly(yuan, flags):
     report = yuan("migrate", "--dry-run", f"python pretrain_gpt.py {REQUIRED} --train-iters 5 {flags}")

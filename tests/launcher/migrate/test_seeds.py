@@ -123,7 +123,7 @@ EXPECTED = {
         "optimizer.min_lr": 9e-6, "optimizer.lr_decay_style": "cosine", "optimizer.lr_decay_iters": 63578,
         "optimizer.lr_warmup_iters": 1300, "optimizer.weight_decay": 0.1, "optimizer.clip_grad": 1.0,
         "optimizer.adam_beta1": 0.9, "optimizer.adam_beta2": 0.95, "data.data_path": [1, "/data/train.txt_document_context"],
-        "data.split": "10,0,0", "data.reset_position_ids": True, "data.num_workers": 2, "tokenizer.type": "SentencePieceTokenizer",
+        "data.split": "10,0,0", "data.reset_position_ids": True, "data.num_workers": 2, "tokenizer.type": "YuanTokenizer",
         "tokenizer.tokenizer_model": "./tokenizer/tokenizer.model", "tokenizer.vocab_size": 134958,
         "checkpoint.save_interval": 10000, "logging.log_interval": 1, "launch.nproc_per_node": 8, "launch.nnodes": 24,
         "launch.node_rank": 0, "launch.rdzv_endpoint": "node0:6000", "run.dir": "<Specify_path>",
