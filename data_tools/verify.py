@@ -55,7 +55,7 @@ def verify(
     manifest = _manifest(Path(prefix), found)
     if not found.faults:  # otherwise the ends of documents are not known
         tokenizer = manifest.get("tokenizer") or {}
-        size = vocab_size or (tokenizer.get("vocab_size") and max(tokenizer["vocab_size"], tokenizer.get("eod", 0) + 1))
+        size = vocab_size or tokenizer.get("vocab_size")
         eod = tokenizer.get("eod") if manifest.get("append_eod") else None
         _tokens(reader, found, size, eod, progress)
         if manifest:
@@ -121,9 +121,10 @@ def _tokens(reader: IndexedReader, found: Verified, size: int | None, eod: int |
     with open(bin_path(reader.prefix), "rb") as file:
         for start in range(0, reader.tokens, _TOKENS):
             tokens = np.fromfile(file, dtype=reader.dtype, count=_TOKENS)
-            found.largest_id = max(found.largest_id, int(tokens.max()))
-            wrong = (tokens < 0) if size is None else (tokens < 0) | (tokens >= size)
-            if wrong.any():
+            least, largest = int(tokens.min()), int(tokens.max())
+            found.largest_id = max(found.largest_id, largest)
+            if least < 0 or (size is not None and largest >= size):
+                wrong = (tokens < 0) | (tokens >= (size or largest + 1))
                 at = int(np.argmax(wrong))
                 first_outside = first_outside or f"{tokens[at]}, token {start + at}"
                 outside += int(wrong.sum())

@@ -126,9 +126,8 @@ def _lengths(s: Summary) -> list[str]:
     """The histogram: bins that double, the longest bar _WIDTH characters."""
     if not s.documents:
         return []
-    names = {1: "1st percentile", 50: "median"}
-    percentiles = ", ".join(f"{names.get(percent, f'{percent}th')} {length:,}" for percent, length in s.percentiles.items())
-    lines = [f"lengths    in tokens: mean {s.tokens / s.documents:,.0f}, {percentiles}, longest {s.longest:,}"]
+    percentiles = ", ".join(f"{percent} % {length:,}" for percent, length in s.percentiles.items())
+    lines = [f"lengths    {s.tokens / s.documents:,.0f} tokens a document on average, {s.longest:,} at most", f"           percentiles: {percentiles}"]
     most = max(count for *_, count in s.histogram)
     names = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high, _ in s.histogram]
     width = max(map(len, names))
