@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -75,12 +76,14 @@ class _Sentences:
             raise
 
 
-_WORDS = re.compile(rf".{{1,{_LONGEST}}}(?!\S)|.{{1,{_LONGEST}}}", re.DOTALL)
+_WORDS = re.compile(rf".{{1,{_LONGEST}}}(?!\S)|.{{1,{_LONGEST}}}", re.DOTALL)  # cut where white space is, if there is any
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], str]:
-    """Train a vocabulary like GPT-2's on `texts` and return (vocab.json's content, merges.txt's): the same texts, the same
-    vocabulary. It writes every text, and gives it back as it was.
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
+    """Train a vocabulary like GPT-2's on `texts` and return the files of its folder by name: the same texts, the same files.
+
+    vocab.json and merges.txt are for GPT2BPETokenizer; with the others the folder is one of Hugging Face's. What it
+    encodes it decodes to the same text.
 
     Args:
         texts: the training text, document by document; read once. Memory grows with the number of different words.
@@ -89,21 +92,27 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[st
     Raises:
         TokenizerError: the texts hold too few different words for vocab_size.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    # A word of many MB would be joined anew with every merge: cut long texts, where there is white space if there is.
+    # A word of many MB would be joined anew with every merge.
     tokenizer.train_from_iterator((piece for text in texts for piece in _WORDS.findall(text)), trainer)
-    vocab = tokenizer.get_vocab()
-    if len(vocab) < vocab_size - 1:
-        fix = f"--vocab-size {len(vocab) + 1}, or more text"
-        raise TokenizerError(f"the texts make {len(vocab) + 1} tokens, and not {vocab_size}", "--vocab-size", fix)
-    import json
-
+    if tokenizer.get_vocab_size() < vocab_size - 1:
+        fix = f"--vocab-size {tokenizer.get_vocab_size() + 1}, or more text"
+        raise TokenizerError(f"the texts make {tokenizer.get_vocab_size() + 1} tokens, and not {vocab_size}", "--vocab-size", fix)
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    return {**by_id, END_OF_TEXT: len(vocab)}, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    files = {
+        "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges),
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    return {name: text.encode() for name, text in files.items()}
