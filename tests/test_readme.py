@@ -15,7 +15,7 @@ from launcher.recipe import load
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-DEFAULT_RECIPES = {"preprocess": "preprocess", "generate": "generate", "show": "preprocess"}  # `tokenizer show` reads that one
+DEFAULT_RECIPES = {"preprocess": "preprocess", "generate": "generate"} | dict.fromkeys(("show", "inspect"), "preprocess")  # of `tokenizer` and `data`
 
 
 def typed() -> list[str]:

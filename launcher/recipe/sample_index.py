@@ -106,4 +106,4 @@ def described(recipe: Recipe) -> str | None:
         return None  # faults that `check` names
     if is_whole(note):
         return f"{note.parent} (built)"
-    return f"{note.parent} (not there yet: built at the start while the GPUs wait; ahead of it by `yuan data index`)"
+    return f"{note.parent} (not there yet: built while the processes wait, or before by `yuan data index`)"

@@ -1,5 +1,6 @@
 """`yuan check`: exit code, faults, and the sizes it prints."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ tokenizer: {type: NullTokenizer, vocab_size: 50}
 data: {data_path: data_text_document, split: '8,2,0'}
 launch: {device: cpu, nproc_per_node: 2}
 """
-ESTIMATE = ("  memory", "  arithmetic", "  assumed")  # tests/launcher/recipe/test_estimate.py
+ELSEWHERE = ("  memory", "  arithmetic", "  assumed", "  index")  # tests/launcher/recipe/test_estimate.py
 
 
 @pytest.fixture
@@ -43,7 +44,8 @@ def check(tmp_path, monkeypatch):
 def test_a_recipe_that_would_run(check):
     code, text = check("recipe=./tiny.yaml")
     assert code == 0
-    assert [line.split(maxsplit=1)[1] for line in text.splitlines() if not line.startswith(ESTIMATE)] == [
+    assert re.search(r"^  index +cache/[0-9a-f]{16} \(not there yet", text, re.MULTILINE)
+    assert [line.split(maxsplit=1)[1] for line in text.splitlines() if not line.startswith(ELSEWHERE)] == [
         "would run",
         "gpt2, 0.0 M parameters, fp32",
         "2 on cpu: TP 1 x PP 1 x DP 2",
