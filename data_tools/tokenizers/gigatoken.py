@@ -54,7 +54,7 @@ class Gigatoken:
         except Exception as error:  # the library raises several kinds for what it does not support
             raise TokenizerError(f"gigatoken cannot take this tokenizer: {error}") from error
         self._exact = exact
-        self._compare(_HARD + [f"a{token} b {token}\n{token}c" for token in special_tokens] + _random_texts())
+        self._compare([*hard_texts(), *(f"a{token} b {token}\n{token}c" for token in special_tokens)])
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All ids one after another, and how many there are of each text.
@@ -119,7 +119,7 @@ class GigatokenBatches(Tokenizer):
         return "gigatoken" if self._fast else self.library
 
 
-def _random_texts() -> list[str]:
-    """The same texts every time: letters, digits, signs and spaces of several scripts in every order."""
+def hard_texts() -> list[str]:
+    """The same every time: what tokenizers stumble over, and letters, digits, signs and spaces of all scripts in random order."""
     choose = random.Random(0)
-    return ["".join(chr(choose.randrange(*choose.choice(_RANGES))) for _ in range(200)) for _ in range(10)]
+    return _HARD + ["".join(chr(choose.randrange(*choose.choice(_RANGES))) for _ in range(200)) for _ in range(10)]

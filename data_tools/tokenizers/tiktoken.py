@@ -13,7 +13,7 @@ import numpy as np
 
 from data_tools.errors import TokenizerError
 from data_tools.tokenizers.base import joined
-from data_tools.tokenizers.gigatoken import GigatokenBatches
+from data_tools.tokenizers.gigatoken import GigatokenBatches, hard_texts
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -106,6 +106,7 @@ class TikTokenizer(GigatokenBatches):
             )
         except ValueError as error:
             raise TokenizerError(f"not a pattern: {error}", "tokenizer.tiktoken_pattern", f"a regular expression, or {_names()}") from None
+        self._refuse_holes(tiktoken_pattern)
         self.special_tokens, self._plain = tokens, plain_special_tokens
         eod_token = eod_token or ("</s>" if is_json else END_OF_TEXT)
         if eod_token not in tokens:
@@ -139,6 +140,14 @@ class TikTokenizer(GigatokenBatches):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids])
+
+    def _refuse_holes(self, pattern: str | None) -> None:
+        """The library leaves out what an expression does not match, and says nothing."""
+        for text in hard_texts() if pattern and pattern not in ENCODINGS else []:
+            back = self._backend.decode(self._backend.encode_ordinary(text))
+            if back != text:
+                fix = f"an expression that matches every text from end to end, or {_names()}"
+                raise TokenizerError(f"the pattern {pattern!r} leaves out parts of a text: {text[:40]!r}", "tokenizer.tiktoken_pattern", fix)
 
     def _make_gigatoken(self, factory: Any) -> Any:
         path = self.files["tokenizer_model"]
