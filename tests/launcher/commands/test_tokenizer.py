@@ -1,5 +1,7 @@
 """`yuan tokenizer train | show` as typed, and the example corpus that the quickstart trains one on."""
 
+import base64
+import gzip
 import hashlib
 import json
 import subprocess
@@ -8,7 +10,7 @@ import sys
 import pytest
 
 from data_tools.tokenizers import build_tokenizer
-from tests.data_tools.samples import HARD_TEXTS, ROOT, write_jsonl
+from tests.data_tools.samples import HARD_TEXTS, ROOT, write_jsonl, yuan_model
 
 
 def yuan(*words, cwd) -> subprocess.CompletedProcess:
@@ -36,6 +38,43 @@ def test_train_then_show(tmp_path, suffix):
     assert tokenizer.hash() in shown.stdout and "vocab_size  330\n" in shown.stdout and "eod         2\n" in shown.stdout
     assert [int(line.split()[0]) for line in shown.stdout.splitlines() if line.startswith("  ")] == tokenizer.encode("be  好\n")
     assert "comes back as it was" in shown.stdout
+
+
+def test_train_byte_level_bpe_from_several_compressed_inputs_then_show(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in HARD_TEXTS[:5]])
+    (tmp_path / "rest.txt.gz").write_bytes(gzip.compress("\n".join(HARD_TEXTS[5:]).encode()))
+    words = ["--input", "in.jsonl", "--input", "rest.txt.gz", "--output-prefix", "new/bpe", "--vocab-size", 330]
+    trained = yuan("tokenizer", "train", "--tokenizer-type", "GPT2BPETokenizer", *words, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    files = {"vocab_file": "new/bpe/vocab.json", "merge_file": "new/bpe/merges.txt"}
+    assert f"--vocab-file {files['vocab_file']} --merge-file {files['merge_file']} --input in.jsonl --input rest.txt.gz" in trained.stdout
+    folder = tmp_path / "new" / "bpe"
+    assert sorted(path.name for path in folder.iterdir()) == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    tokenizer = build_tokenizer("GPT2BPETokenizer", **{key: tmp_path / path for key, path in files.items()})
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in HARD_TEXTS] == HARD_TEXTS
+
+    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "new/bpe", "parallel.tensor_model_parallel_size=2"]
+    shown = yuan("tokenizer", "show", *words, "--text", "to be<|endoftext|>", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    for line in ("HuggingFaceTokenizer by gigatoken", "padded      512, a multiple of 128 x TP 2", "special         329 <|endoftext|>"):
+        assert line in shown.stdout
+    assert "    329 '<|endoftext|>'\n" in shown.stdout
+
+
+def test_show_tells_yuans_special_ids(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(yuan_model())
+    shown = yuan("tokenizer", "show", "--tokenizer-type", "YuanTokenizer", "--tokenizer-model", ".", "--text", "a<sep>b", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "special         369 <sep>\n" in shown.stdout and "special         486 <FIM_MIDDLE>\n" in shown.stdout
+    assert "    369 '<sep>'\n" in shown.stdout and "comes back as it was" in shown.stdout
+
+
+def test_a_long_list_of_special_ids_is_cut_short(tmp_path):
+    tokens = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": ""} for i in range(256)]
+    (tmp_path / "bytes.json").write_text(json.dumps(tokens))
+    shown = yuan("tokenizer", "show", "--tokenizer-type", "TikTokenizer", "--tokenizer-model", "bytes.json", "--text", "a", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "TikTokenizer by tiktoken" in shown.stdout and "and 976 more, to 999" in shown.stdout and "   1097 'a'" in shown.stdout
 
 
 def test_refusals(tmp_path):
