@@ -55,7 +55,9 @@ def as_megatron(loaded: Loaded, everything: bool = False) -> list[str]:
     lines = [f"# {loaded.name}, for Megatron-LM core_v0.16.1"]
     lines += [f"# {text}" for text in remarks(loaded)]
     launcher = groups.pop("torchrun")
-    body = [shlex.join(["torchrun", *launcher, script])]
+    # Megatron-LM refuses TP > 1 without it: communication is to start in the order in which it was asked for.
+    environment = ["CUDA_DEVICE_MAX_CONNECTIONS=1"] if recipe.parallel.tensor_model_parallel_size > 1 else []
+    body = [shlex.join([*environment, "torchrun", *launcher, script])]
     for words in groups.values():
         body += _wrapped(words)
     return lines + [" \\\n    ".join(body)]
@@ -92,6 +94,8 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
         value = getattr(getattr(recipe, group), leaf)
         if flag.key == "training.train_samples" and recipe.training.train_tokens is not None:
             value = recipe.training.train_tokens // (recipe.training.seq_length or 1)
+        if flag.key == "checkpoint.save_interval" and value is None:
+            value = recipe.derived.train_iters  # Megatron-LM wants one beside --save: the end alone is saved
         words = _words(flag.key, name, value, loaded, everything)
         if words:
             found.setdefault("checkpoint" if group == "run" else group, []).append(words)
@@ -111,7 +115,7 @@ def _words(key: str, name: str, value: Any, loaded: Loaded, everything: bool) ->
         return []
     if not everything and key not in ALWAYS:
         alike = source == "derived" and (key in DERIVED_ALIKE or _is_whole_decay(key, loaded.recipe))
-        if alike or value == (2 if key == "data.num_workers" else keys()[key].default):
+        if alike or (source == "default" and value == keys()[key].default):
             return []
     if key == "model.num_query_groups":
         return ["--group-query-attention", name, str(value)]

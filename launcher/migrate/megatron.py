@@ -186,6 +186,8 @@ def _valued(line: Line, flag: table.Flag, words: list[str]) -> None:
     if table.choices(flag.key) and value not in table.choices(flag.key):
         line.lost = f"{words[0]} is not among what {flag.key} can be: {', '.join(map(str, table.choices(flag.key)))}"
         return
+    if value != words[0]:
+        line.note = "in Megatron-LM 0.16 one tokenizer under these names; before, SentencePieceTokenizer had five ids more"
     line.became = {flag.key: _typed(line, flag.key, value)}
 
 

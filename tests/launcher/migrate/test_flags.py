@@ -50,7 +50,7 @@ OPTIONAL = {
     "ffn-hidden-size": positive, "kv-channels": positive, "rotary-base": positive, "make-vocab-size-divisible-by": positive,
     "num-layers-per-virtual-pipeline-stage": positive, "distributed-timeout-minutes": positive, "global-batch-size": positive,
     "seed": st.integers(0, 2**31), "hysteresis": positive, "eval-interval": positive, "eval-iters": st.integers(0, 99),
-    "exit-duration-in-mins": positive, "exit-interval": positive, "num-workers": st.integers(0, 9), "save-interval": positive,
+    "exit-duration-in-mins": positive, "exit-interval": positive, "num-workers": st.integers(0, 9),
     "log-interval": positive, "rotary-percent": rate, "norm-epsilon": rate, "init-method-std": rate, "attention-dropout": share,
     "hidden-dropout": share, "loss-scale": positive, "initial-loss-scale": positive, "min-loss-scale": share,
     "loss-scale-window": positive, "min-lr": share, "lr-warmup-init": share, "weight-decay": share, "start-weight-decay": share,
@@ -76,7 +76,8 @@ TOGETHER = {
     "tokenizer": ["--tokenizer-type GPT2BPETokenizer", "--tokenizer-type NullTokenizer --vocab-size 99",
                   "--tokenizer-type SentencePieceTokenizer", "--tokenizer-type HuggingFaceTokenizer --tokenizer-hf-include-special-tokens",
                   "--tokenizer-type TikTokenizer --tiktoken-pattern v1 --tiktoken-num-special-tokens 9 --tiktoken-special-tokens <a> <b>"],
-    "folders": ["--save out --load out", "--save out --load other", "--save out --load other --finetune", "--save 'o u t' --load 'o u t'"],
+    "folders": ["--save-interval 7 --save out --load out", "--save-interval 9 --save out --load other",
+                "--save-interval 7 --save out --load other --finetune", "--save-interval 4 --save 'o u t' --load 'o u t'"],
     "data": ["", "--data-path a_text_document", "--data-path 0.7 'a b' 0.3 b --split 90,10,0", "--data-path a b c",
              "--train-data-path 1 a --valid-data-path b --test-data-path c"],
 }  # fmt: skip
@@ -134,6 +135,30 @@ def test_every_shipped_recipe_comes_back_from_its_command(name, folder):
             one, two = (getattr(getattr(each.recipe, group), leaf) for each in (first, again))
             assert one == two or key == "parallel.pipeline_model_parallel_layout", key
     assert again.recipe.derived.train_iters == first.recipe.derived.train_iters
+
+
+def test_the_command_is_one_that_megatron_takes(yuan):
+    """It refuses TP > 1 without CUDA_DEVICE_MAX_CONNECTIONS=1, and --save without --save-interval."""
+    words = ["recipes", "show", "345m_4dp", "--as", "megatron", "launch.device=cuda", "checkpoint.save_interval=null"]
+    alone, split = yuan(*words), yuan(*words, "parallel.tensor_model_parallel_size=2")
+    assert "CUDA_DEVICE" not in alone and "\nCUDA_DEVICE_MAX_CONNECTIONS=1 torchrun " in split
+    assert "--save-interval 3000 " in split
+    assert migrate([split])[0][0].values["launch.nproc_per_node"] == 4
+
+
+def test_a_flag_that_was_given_at_its_default_comes_back(folder):
+    flags = ["--eval-interval", "1000", "--clip-grad", "1", "--log-interval", "100", "--seed", "1234"]
+    again = command_of(recipe_of(f"python pretrain_gpt.py {REQUIRED} --train-iters 5 {' '.join(flags)}", folder))
+    assert [again[again.index(name) + 1] for name in flags[::2]] == flags[1::2]
+    assert "--hidden-dropout" not in again
+
+
+def test_llamas_tokenizer_comes_back_as_what_loads_the_same_file(folder):
+    """Megatron-LM 0.16 makes one tokenizer of both names; before, SentencePieceTokenizer had five ids more."""
+    given = f"python pretrain_gpt.py {REQUIRED} --train-iters 5 --tokenizer-type Llama2Tokenizer --tokenizer-model t.model"
+    again = command_of(recipe_of(given, folder))
+    assert again[again.index("--tokenizer-type") + 1] == "SentencePieceTokenizer"
+    assert "five ids more" in lines_of("--tokenizer-type Llama2Tokenizer")["--tokenizer-type"].note
 
 
 def test_yuans_command_has_the_forks_own_flags(yuan):
