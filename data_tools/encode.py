@@ -14,7 +14,7 @@ import numpy as np
 
 from data_tools.errors import InputError
 from data_tools.indexed import token_dtype
-from data_tools.records import PARSERS, BadLine, Sentences
+from data_tools.records import JSON_FORMATS, PARSERS, BadLine, Sentences, parse_whole
 from data_tools.sources import Block
 from data_tools.tokenizers import Tokenizer
 
@@ -132,18 +132,35 @@ class BlockEncoder:
         return part
 
     def _batches(self, block: Block, lines: list[bytes], part: Part) -> Iterator[list[Column]]:
+        ends = np.cumsum(np.fromiter(map(len, lines), dtype=np.int64, count=len(lines)))
+        start = 0
+        while start < len(lines):
+            before = ends[start - 1] if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + _BATCH_BYTES, side="right")))
+            chunk = lines[start:stop]
+            lines[start:stop] = [b""] * len(chunk)  # as it is encoded: a line may be most of the memory
+            texts = parse_whole(chunk, self.keys) if block.source.format in JSON_FORMATS else None
+            try:
+                columns = texts and [self._column(one, np.ones(len(one), dtype=np.int64)) for one in texts]
+            except ValueError:  # NullTokenizer's, which cannot know the line
+                columns = None
+            if columns:
+                yield columns
+            else:
+                yield from self._line_by_line(block, start, chunk, part)
+            start = stop
+
+    def _line_by_line(self, block: Block, start: int, lines: list[bytes], part: Part) -> Iterator[list[Column]]:
+        """What is not all plain texts: lists of sentences, blank lines, bad lines."""
         parse = PARSERS[block.source.format]
         documents: list[list[Sentences]] = []
         numbers: list[int] = []
-        held = 0
-        for number, line in enumerate(lines):
-            lines[number] = b""  # as it is parsed: a line may be most of the memory
-            held += len(line)
+        for number, line in enumerate(lines, start=start):
             try:
                 document = parse(line, self.keys)
             except BadLine as bad:
                 yield self._columns(block, numbers, documents, part)  # whose bad lines come before this one
-                documents, numbers, held = [], [], 0
+                documents, numbers = [], []
                 self._count_bad(part, block.place(number), bad)
                 continue
             if document is None:
@@ -152,18 +169,21 @@ class BlockEncoder:
                 continue
             documents.append(document)
             numbers.append(number)
-            if held >= _BATCH_BYTES:
-                yield self._columns(block, numbers, documents, part)
-                documents, numbers, held = [], [], 0
         if documents:
             yield self._columns(block, numbers, documents, part)
 
     def _columns(self, block: Block, numbers: list[int], documents: list[list[Sentences]], part: Part) -> list[Column]:
         try:
-            return [self._column([document[i] for document in documents]) for i in range(len(self.keys))]
-        except ValueError:  # NullTokenizer's, which cannot know the line
-            good = [d for n, d in zip(numbers, documents, strict=True) if self._is_encoded(block.place(n), d, part)]
-            return [self._column([document[i] for document in good]) for i in range(len(self.keys))]
+            return self._columns_of(documents)
+        except ValueError:
+            return self._columns_of([d for n, d in zip(numbers, documents, strict=True) if self._is_encoded(block.place(n), d, part)])
+
+    def _columns_of(self, documents: list[list[Sentences]]) -> list[Column]:
+        columns = []
+        for i in range(len(self.keys)):
+            sentences = np.fromiter((len(document[i]) for document in documents), dtype=np.int64, count=len(documents))
+            columns.append(self._column([sentence for document in documents for sentence in document[i]], sentences))
+        return columns
 
     def _is_encoded(self, place: str, document: list[Sentences], part: Part) -> bool:
         try:
@@ -181,12 +201,13 @@ class BlockEncoder:
         if len(part.bad_lines) < BAD_SHOWN:
             part.bad_lines.append((place, bad.what, bad.fix))
 
-    def _column(self, documents: list[Sentences]) -> Column:
-        """As Megatron-LM: an empty sentence is no sequence, and a document without any gets no end of document either."""
-        flat, lengths = self.tokenizer.encode_arrays([sentence for document in documents for sentence in document])
-        document = np.repeat(np.arange(len(documents)), [len(sentences) for sentences in documents])[lengths > 0]
+    def _column(self, texts: list[str], sentences: np.ndarray) -> Column:
+        """Texts, of which each document has so many, as ids. As Megatron-LM: an empty sentence is no sequence, and a
+        document without any gets no end of document either."""
+        flat, lengths = self.tokenizer.encode_arrays(texts)
+        document = np.repeat(np.arange(len(sentences)), sentences)[lengths > 0]
         lengths = lengths[lengths > 0]
-        sequences = np.bincount(document, minlength=len(documents))
+        sequences = np.bincount(document, minlength=len(sentences))
         if self.append_eod and len(lengths):
             last = np.append(document[1:] != document[:-1], True)
             lengths = lengths + last
