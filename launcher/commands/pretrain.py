@@ -17,6 +17,7 @@ from launcher.launch.slurm import submit
 from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import load
 from launcher.recipe.check import ensure
+from launcher.recipe.check_run import complete
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.sample_index import described
@@ -42,7 +43,8 @@ def pretrain(
         typer.echo(show_launch(loaded, RunFolder(loaded.recipe.run.dir), WORKER, "pretrain"))
         return
     folder = open_run(loaded.recipe, loaded.sources, ["yuan", *sys.argv[1:]], accept_changes)
-    _say_what_is_there(folder)
+    if _say_what_is_there(folder, loaded.recipe) and not loaded.recipe.training.eval_iters:
+        return
     if loaded.recipe.launch.kind == "slurm":
         typer.echo(submit(loaded, folder, "pretrain"), err=True)
         return
@@ -91,12 +93,17 @@ def _trained_padding(recipe: Recipe) -> int | None:
         raise UserError(what, str(start), fix) from error
 
 
-def _say_what_is_there(folder: RunFolder) -> None:
+def _say_what_is_there(folder: RunFolder, recipe: Recipe) -> bool:
+    """Where the run goes on, and with what changes; True where it is complete."""
     iteration = folder.latest_iteration()
+    at_end = iteration is not None and iteration == recipe.derived.train_iters
     if iteration is not None:
         typer.echo(f"resuming   from step {iteration}", err=True)
     for change in folder.changes:
         typer.echo(f"changed    {change}", err=True)
+    if at_end:
+        typer.echo(complete(recipe, iteration), err=True)
+    return at_end
 
 
 def _complete(folder: RunFolder, recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from launcher.recipe.check_layout import gpus
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import parameters
-from launcher.run.folder import RunFolder, UnreadableRecipe, lock_path, raise_if_in_use, recipe_name, refused_changes
+from launcher.run.folder import RunFolder, UnreadableRecipe, length, lock_path, raise_if_in_use, recipe_name, refused_changes, too_short
 
 
 def folder(case: Case) -> Iterator[Problem]:
@@ -31,13 +31,14 @@ def folder(case: Case) -> Iterator[Problem]:
     try:
         raise_if_in_use(lock_path(case.recipe))
         changes = run.changes_to(case.recipe)
+        ends = too_short(run, case.recipe, case.sources)
     except UnreadableRecipe as error:
         yield _as_problem(error, "warning" if case.accept_changes else "error")
         return
     except UserError as error:
         yield _as_problem(error)
         return
-    for error in refused_changes(run, changes, case.sources, case.accept_changes):
+    for error in [*refused_changes(run, changes, case.sources, case.accept_changes), *ends]:
         yield _as_problem(error)
 
 
@@ -57,8 +58,17 @@ def going_on(recipe: Recipe) -> list[str]:
         step, changes = run.latest_iteration(), run.changes_to(recipe)
     except UserError:
         return []  # told by `folder`
+    if step is not None and step == recipe.derived.train_iters:
+        return [complete(recipe, step), *(f"changed {change}" for change in changes)]
     lines = [] if step is None else [f"resuming from step {step}"]
     return lines + [f"changed {change}" for change in changes]
+
+
+def complete(recipe: Recipe, step: int) -> str:
+    """What a start does with a run that is at its last step."""
+    again = "only its evaluations are made again" if recipe.training.eval_iters else "there is nothing to do"
+    key, _, more = length(recipe, step + 1)
+    return f"the run is complete: step {step:,} is its last, and {again}; to train on: {key}={more} or more"
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

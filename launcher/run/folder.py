@@ -203,7 +203,7 @@ def _compare(folder: RunFolder, recipe: Recipe, sources: dict[str, str], accept_
         if accept_changes:
             return [f"the whole recipe: {error.what}"]
         raise
-    raise_all(refused_changes(folder, changes, sources, accept_changes))
+    raise_all([*refused_changes(folder, changes, sources, accept_changes), *too_short(folder, recipe, sources)])
     return [str(change) for change in changes]
 
 
@@ -221,6 +221,26 @@ def refused_changes(
         fix = "start another run with run.name=NAME, or go on with the new values: --accept-changes"
         faults.append(UserError("this run was made with another recipe:" + _diff(asked, sources), str(folder.recipe), fix))
     return faults
+
+
+def too_short(folder: RunFolder, recipe: Recipe, sources: dict[str, str]) -> list[UserError]:
+    """A run cannot end before the step that it goes on from: its processes would start, and do nothing."""
+    done, last = folder.latest_iteration(), recipe.derived.train_iters
+    if done is None or last is None or done <= last:
+        return []
+    key, value, enough = length(recipe, done + 1)
+    where = f"{key}={value} ({sources.get(key, 'default')})"
+    return [UserError(f"step {done} of this run is done, and the training is to end at step {last}", where, f"{key}={enough} or more")]
+
+
+def length(recipe: Recipe, steps: int) -> tuple[str, int | None, int]:
+    """The key that says how long the training is, its value, and the one that makes it at least so many steps."""
+    t = recipe.training
+    if t.train_iters is not None:
+        return "training.train_iters", t.train_iters, steps
+    if t.train_samples is not None:
+        return "training.train_samples", t.train_samples, steps * t.global_batch_size
+    return "training.train_tokens", t.train_tokens, steps * t.global_batch_size * t.seq_length
 
 
 def _diff(changes: list[Change], sources: dict[str, str]) -> str:

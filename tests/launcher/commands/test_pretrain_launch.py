@@ -54,6 +54,12 @@ def test_a_run_from_plan_to_the_next_command_and_again(home):
     assert (run / "command.txt").read_text().endswith("\nyuan pretrain recipe=tiny run.name=completes\n")
     assert {path.name for path in run.iterdir()} >= {"recipe.yaml", "command.txt", "environment.json", "logs", "checkpoints"}
 
+    code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes")
+    assert code == 0 and err.endswith("step 2 is its last, and there is nothing to do; to train on: training.train_iters=3 or more\n")
+    assert len((run / "logs" / "rank_0.log").read_text().split(" rank 0 of 2, pid ")) == 2  # no process was started
+    code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes", "training.train_iters=1")
+    assert code == 2 and "step 2 of this run is done" in err
+
     code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes", "training.train_iters=3", "logging.log_interval=1")
     assert code == 0
     assert "resuming   from step 2\n" in err

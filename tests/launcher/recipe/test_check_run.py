@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.folder import begin, commit
+from launcher.errors import UserError
 from launcher.recipe import load
 from launcher.recipe.check import check
 from launcher.recipe.check_run import checkpoint_bytes, going_on
@@ -77,6 +78,21 @@ def test_changes_are_told_by_what_they_need(problems):
     assert "model.hidden_size: 96 -> 48" in never.what and "--accept-changes" not in never.fix
     assert problems("model.hidden_size=48", "optimizer.lr=0.01", accept_changes=True) == [never]
     assert problems("model.hidden_size=48", "optimizer.lr=0.01", launching=True) == []
+
+
+def test_a_run_cannot_end_before_the_step_that_is_done(problems):
+    run_once(step=60)
+    (short,) = problems("training.train_iters=59", "training.eval_iters=0")
+    assert short.what == "step 60 of this run is done, and the training is to end at step 59" and short.severity == "error"
+    assert short.where == "training.train_iters=59 (command line)" and short.fix == "training.train_iters=61 or more"
+    assert problems("training.train_iters=59", "training.eval_iters=0", accept_changes=True) == [short]
+    samples = problems("training.train_iters=null", "training.train_samples=400", accept_changes=True)
+    assert [one.fix for one in samples if one.severity == "error"] == ["training.train_samples=488 or more"]
+    with pytest.raises(UserError, match="step 60 of this run is done"):  # where processes are about to start
+        run_once("training.train_iters=59")
+    assert problems("training.train_iters=60", "training.eval_iters=0") == []
+    line, *_ = going_on(load(["recipe=base", "training.train_iters=60", "training.eval_iters=0"]).recipe)
+    assert line == "the run is complete: step 60 is its last, and there is nothing to do; to train on: training.train_iters=61 or more"
 
 
 def test_a_new_run_goes_on_from_nothing(problems):
