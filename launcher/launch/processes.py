@@ -17,8 +17,11 @@ from dataclasses import dataclass
 
 # A rank that lost its peer fails by itself within moments on gloo; on NCCL it hangs until the launcher ends it.
 GRACE_S = 15.0
+CUT_GRACE_S = 1.0  # a rank that a stop signal ended before it had begun: its peers only wait for it
 POLL_S = 0.05
 CHATTER = ("SIGTERM", "SIGINT", "SIGHUP")
+HELD_BACK = (signal.SIGTERM, signal.SIGINT)  # until a rank listens: it would die of them with a traceback
+STOP_CODES = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 
 
 @dataclass
@@ -91,6 +94,7 @@ def supervise(
     deadline: float | None = None
     killed: set[int] = set()
     try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         for rank, (command, environment) in commands.items():
             # Sessions of their own: the terminal's Ctrl-C reaches the launcher alone, once, and a rank's leftover
             # children can be swept together.
@@ -98,15 +102,17 @@ def supervise(
                 command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
             )
             log(f"started rank {rank}, pid {ranks[rank].pid}")
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while len(exits) < len(ranks):
             ended = {exit.rank for exit in exits}
             alive = {rank: process for rank, process in ranks.items() if rank not in ended}
             for rank, process in alive.items():
                 if process.poll() is not None:
                     exits.append(Exit(rank, process.returncode, time.time(), rank in killed))
-                    log(f"rank {rank} ended: {how(process.returncode)}")
-                    if process.returncode != 0 and deadline is None:
-                        deadline = time.monotonic() + GRACE_S
+                    log(f"rank {rank} ended: {'killed by the launcher' if rank in killed else how(process.returncode)}")
+                    cut = stop.requested and process.returncode in STOP_CODES
+                    if cut or (process.returncode != 0 and deadline is None):
+                        deadline = time.monotonic() + (min(CUT_GRACE_S, GRACE_S) if cut else GRACE_S)
             cause = elsewhere()
             if cause and deadline is None:
                 log(cause)

@@ -7,7 +7,6 @@ machine's (`launch.rdzv_endpoint`, see `launcher.launch.machines`).
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 from contextlib import closing
@@ -18,13 +17,12 @@ from launcher.errors import UserError, raise_all
 from launcher.launch.failure import Failure, as_outcome, failures, report, report_elsewhere
 from launcher.launch.machines import Alone, First, Other, meet
 from launcher.launch.outcome import Outcome
-from launcher.launch.processes import Exit, StopSignals, supervise
+from launcher.launch.processes import STOP_CODES, Exit, StopSignals, supervise
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
 from launcher.workers.entry import PARENT_ENV
 
 STOPPED = 3  # exit code: a signal ended the run in good order, and the same command goes on with it
-STOP_CODES = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 
 
 def launch(recipe: Recipe, folder: RunFolder, worker: Path, verb: str) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from typing import TYPE_CHECKING
 
-from launcher.recipe.schema import Recipe
-from launcher.run.folder import RunFolder
 from launcher.workers.entry import Stop, run_worker
+
+if TYPE_CHECKING:  # importing them takes 0.5 s, in which no signal is answered
+    from launcher.recipe.schema import Recipe
+    from launcher.run.folder import RunFolder
 
 SIZES = {"cpu": 1024, "cuda": 8192}  # a matrix's width: some 20 ms of work
 REDUCED_MIB = 16

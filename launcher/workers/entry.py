@@ -50,6 +50,8 @@ class Stop:
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        # The launcher starts ranks with both held back: what came meanwhile arrives now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 
     def _handle(self, number: int, _frame: object) -> None:
         if os.getpid() != self._pid:  # a forked child, such as a checkpoint writer: ends as if it had no handler
@@ -95,7 +97,11 @@ def run_worker(main: Callable[[Recipe, RunFolder, Stop], None]) -> None:
     try:
         from launcher.recipe.frozen import read_frozen
 
-        main(read_frozen(frozen), folder, stop)
+        recipe = read_frozen(frozen)
+        if stop.requested:  # nothing has begun, and no peer gets further without this rank
+            print(f"asked by {stop.requested} to end before the start")
+            os._exit(128 + signal.Signals[stop.requested])
+        main(recipe, folder, stop)
     except Exception as error:
         traceback.print_exc()
         _write_error(folder.rank_error(rank), rank, error)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.recipe.schema import Recipe
-from launcher.run.folder import RunFolder
 from launcher.workers.entry import Stop, run_worker, terminal
+
+if TYPE_CHECKING:  # importing them takes 0.5 s, in which no signal is answered
+    from launcher.recipe.schema import Recipe
+    from launcher.run.folder import RunFolder
 
 SUMMARY = "summary.json"  # in the folder of the frozen recipe, for the command that launched the ranks
 SHOW_S, SHOW_IN_LOG_S = 0.2, 10.0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.recipe.schema import Recipe
-from launcher.run.folder import RunFolder
 from launcher.workers.entry import Stop, run_worker, terminal
+
+if TYPE_CHECKING:  # importing them takes 0.5 s, in which no signal is answered
+    from launcher.recipe.schema import Recipe
+    from launcher.run.folder import RunFolder
 
 
 def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:

@@ -140,6 +140,18 @@ def test_ctrl_c_has_every_rank_save_and_end(tmp_path):
     assert all(gone(pid) for pid in pids)
 
 
+def test_ctrl_c_before_a_rank_listens_is_no_crash(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOW_RANK", "0")
+    job = start(tmp_path, "waits_for_its_peer")
+    wait_for(tmp_path / "importing", tmp_path / "pid_1")
+    os.killpg(job.pid, signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (3, "pretrain stopped by SIGINT; there is no checkpoint yet: the same command starts anew\n")
+    assert "asked by SIGINT to end before the start" in (tmp_path / "logs" / "rank_0.log").read_text()
+    log = (tmp_path / "logs" / "launcher.log").read_text()
+    assert "rank 1 ended: killed by the launcher" in log and "memory" not in log
+
+
 def test_a_second_ctrl_c_kills(tmp_path):
     job, pids = training(tmp_path, "deaf")
     os.killpg(job.pid, signal.SIGINT)

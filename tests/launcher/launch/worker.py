@@ -6,6 +6,11 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
+
+if os.environ["RANK"] == os.environ.get("SLOW_RANK"):  # in its imports when the signal comes
+    Path(sys.argv[1]).with_name("importing").write_text("yes")
+    time.sleep(2)
 
 from checkpoints.folder import begin, commit
 from launcher.workers.entry import run_worker, terminal
@@ -52,6 +57,11 @@ def killed(folder, stop):
     while not mark.exists():
         time.sleep(0.001)
     raise ConnectionError("lost the peer")
+
+
+def waits_for_its_peer(folder, stop):
+    while True:
+        time.sleep(1000)
 
 
 def crash(folder, stop):
