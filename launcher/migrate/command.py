@@ -81,6 +81,9 @@ def take_apart(command: Command) -> Call:
         elif first == "torchrun":
             more, words = _launcher(words[1:])
             launcher += more
+        elif UNKNOWN.match(words[0]) and any(BEGINS.fullmatch(PurePosixPath(word).name) for word in words[1:]):
+            lost = "nothing here sets it: give launch.nproc_per_node and launch.nnodes, if it said them"
+            launcher.append(Line("torchrun", words.pop(0), "", lost=lost))
         else:
             break
     program = words[0] if words else ""

@@ -49,10 +49,12 @@ def expand(token: str, variables: Variables, split: bool = True) -> list[str]:
         if hit := re.match(r"'([^']*)'", rest):
             add(hit.group(1))
         elif hit := re.match(r'"((?:\\.|[^"\\])*)"', rest, re.S):
-            add("")
             inner = re.sub(r"\\\n", "", hit.group(1))
-            for kind, text in _pieces(inner):
-                splice(_value(text, variables), True) if kind else add(re.sub(r'\\([$`"\\])', r"\1", text))
+            pieces = [(_value(text, variables) if kind else re.sub(r'\\([$`"\\])', r"\1", text)) for kind, text in _pieces(inner)]
+            if [] not in pieces or any(pieces):  # "$@" without arguments is no word, not an empty one
+                add("")
+            for piece in filter(None, pieces):
+                splice(piece, True)
         elif hit := re.match(r"\\(.?)", rest, re.S):
             add("" if hit.group(1) == "\n" else hit.group(1))
         elif piece := _variable(rest):
@@ -106,8 +108,9 @@ def _value(piece: str, variables: Variables) -> str | list[str]:
     if hit := re.fullmatch(rf"({NAME})\[[@*]\]", inner):
         value = variables.get(hit.group(1), f"${hit.group(1)}")
         return value if isinstance(value, list) else [value]
-    if inner in "@*" and "@" in variables:
-        return variables["@"]
+    if inner in ("@", "*", "#") and "@" in variables:
+        words = variables["@"]
+        return words if inner == "@" else " ".join(words) if inner == "*" else str(len(words))
     return "$" + inner  # without braces: OmegaConf would take `${...}` for an expression of its own
 
 

@@ -98,9 +98,9 @@ def read_flags(call: Call, verb: str) -> list[Line]:
     """
     faults: list[UserError] = []
     lines = list(call.launcher)
-    for number, (name, words) in enumerate(_split(call), 1):
+    for number, (name, words) in enumerate(_split(call, verb), 1):
         try:
-            lines.append(_one(str(number), name, words, verb))
+            lines.append(_one(str(number), name, words, verb) if name.startswith("--") else _unknown(str(number), name))
         except UserError as error:
             faults.append(UserError(error.what, call.place, error.fix))
     raise_all(faults)
@@ -115,12 +115,15 @@ def read_flags(call: Call, verb: str) -> list[Line]:
     return lines
 
 
-def _split(call: Call) -> list[tuple[str, list[str]]]:
+def _split(call: Call, verb: str) -> list[tuple[str, list[str]]]:
+    """Each flag with its words; a variable that nothing sets, where no flag wants a value, stands alone."""
     found: list[tuple[str, list[str]]] = []
     for word in call.arguments:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
             found.append((name, [value] if equals else []))
+        elif UNKNOWN.match(word.lstrip('"')) and not (found and _wants_more(*found[-1], verb)):
+            found.append((word, []))
         elif found:
             found[-1][1].append(word)
         else:
@@ -128,6 +131,21 @@ def _split(call: Call) -> list[tuple[str, list[str]]]:
                 f"{word!r} stands before the first flag", call.place, "flags begin with --, such as --num-layers 24"
             )
     return found
+
+
+def _wants_more(name: str, words: list[str], verb: str) -> bool:
+    """Whether a flag takes another word: one value; of a list the first, and a prefix after each weight."""
+    name = table.SPELLINGS.get(name, name)
+    flag = table.tool_flags(verb).get(name)
+    if not name.startswith("--") or name in table.MEANS or (flag and flag.kind == "on"):
+        return False
+    return not words or bool(flag and flag.kind == "list" and isinstance(_number(words[-1]), (int, float)))
+
+
+def _unknown(place: str, word: str) -> Line:
+    if word.strip('"') in ("$@", "$*"):
+        return Line(place, word, "", note="dropped: no arguments are given")
+    return Line(place, word, "", lost="nothing here sets it: the flags that it stands for are missing")
 
 
 def _one(place: str, written: str, words: list[str], verb: str) -> Line:

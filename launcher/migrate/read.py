@@ -132,7 +132,9 @@ class _Finder:
         if len(self.found) == before and outermost:
             names = [take_apart(command).basename for command in script.commands]
             what = f"no command in it can be migrated; it has {', '.join(names) or 'none'}"
-            raise UserError(what, where, f"known are: {', '.join(KNOWN)}")
+            left = "".join(f"; line {line}: {note}" for line, note in script.notes)
+            fix = "a command in a loop or function is migrated by itself: yuan migrate 'torchrun … pretrain_gpt.py …'; " if left else ""
+            raise UserError(what + left, where, f"{fix}known are: {', '.join(KNOWN)}")
         self.notes += [f"{where}, line {one.line}: `{' '.join(one.words)[:60]}` is no part of a recipe" for one in rest]
 
 

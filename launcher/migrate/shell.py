@@ -1,7 +1,8 @@
 """A shell script's commands with their variables filled in, without running anything.
 
 Understood: assignments (also `export`), quotes, `$X`, `${X}`, `${X:-y}`, `$1`, arrays, `$((...))` on whole numbers, line
-continuation, `if` on strings and numbers. Anything else is noted with its line. A variable that nothing sets stays as `$X`.
+continuation, `if` on strings and numbers, `case` on strings. Anything else is noted with its line. A variable that nothing
+sets stays as `$X`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from launcher.migrate.expand import BLANK, NAME, PLACEHOLDER, Variables, closing, expand
 
@@ -64,8 +66,7 @@ def read_script(text: str, variables: Variables | None = None, arguments: list[s
     """
     script = Script(variables=dict(variables or {}), exported=set(variables or {}))
     script.variables |= {str(number): word for number, word in enumerate(arguments or [], 1)}
-    if arguments:
-        script.variables["@"] = list(arguments)
+    script.variables["@"] = list(arguments or [])
     _Reader(script).read(PROMPT.sub("", text.replace("\r\n", "\n")))
     return script
 
@@ -93,7 +94,8 @@ def _statements(text: str, script: Script) -> Iterator[_Statement]:
         elif not rest or (cut := re.match(r"&&|\|\||;;|[;\n&|](?!>)", rest)):
             if tokens:
                 yield _Statement(text.count("\n", 0, started) + 1, tokens, joined)
-            joined, tokens = (cut.group() if rest else ""), []
+            ended = joined == ";;" and not tokens  # also where the next pattern stands on a line of its own
+            joined, tokens = (";;" if ended else cut.group() if rest else ""), []
             at += max(1, cut.end() if rest else 1)
         elif (redirect := REDIRECT.match(rest)) and redirect.group() and not PLACEHOLDER.match(rest):
             at += redirect.end()
@@ -151,12 +153,16 @@ class _Reader:
     def _one(self, statement: _Statement) -> None:
         tokens, head = statement.tokens, statement.tokens[0]
         closing = self.blocks[-1]["end"] if self.blocks else None
-        if closing and closing != "fi":  # inside of a loop: only its end matters
+        if closing == "esac" and (self.blocks[-1]["state"] == "pattern" or statement.joined == ";;" or head == "esac"):
+            self._pattern(statement)
+        elif closing not in (None, "fi", "esac"):  # inside of a loop: only its end matters
             self.blocks[-1]["depth"] += head in OPENERS and OPENERS[head] == closing
             if head == closing or (closing == "}" and tokens[-1] == "}"):
                 self.blocks[-1]["depth"] -= 1
                 if self.blocks[-1]["depth"] == 0:
                     self.blocks.pop()
+        elif head == "case" and len(tokens) > 2:
+            self._case(statement)
         elif head in OPENERS or tokens[1:3] == ["(", ")"] or head == "(":
             if self._live:
                 self._note(statement.line, f"`{' '.join(tokens)[:40]}`: loops and functions are not read")
@@ -171,6 +177,34 @@ class _Reader:
             self._test(statement, tokens)
         elif self._live:
             self._command(statement)
+
+    def _case(self, statement: _Statement) -> None:
+        tokens = statement.tokens
+        words = expand(tokens[1], self.script.variables, split=False)
+        word = words[0] if words else ""
+        known = not re.search(r"[$`]", word)
+        if self._live and not known:
+            self._note(statement.line, f"`case {word} in`: what is set nowhere here decides, and what depends on it is left out")
+        block = {"end": "esac", "live": False, "state": "pattern", "word": word, "patterns": [], "done": not (known and self._live)}
+        self.blocks.append(block)
+        if tokens[3:]:
+            self._pattern(_Statement(statement.line, tokens[3:], "\n"))
+
+    def _pattern(self, statement: _Statement) -> None:
+        """`a|b) commands`, of which the first that fits the word counts; or `esac`."""
+        block, tokens = self.blocks[-1], statement.tokens
+        if tokens[0] == "esac":
+            self.blocks.pop()
+            return
+        block["state"], block["live"] = "pattern", False
+        end = tokens.index(")") if ")" in tokens else len(tokens)
+        block["patterns"] += [self._text(token) for token in tokens[:end] if token != "("]
+        if end == len(tokens):  # `a|`
+            return
+        fits = not block["done"] and any(fnmatchcase(block["word"], pattern) for pattern in block["patterns"])
+        block |= {"state": "body", "live": fits, "done": block["done"] or fits, "patterns": []}
+        if tokens[end + 1 :]:
+            self._one(_Statement(statement.line, tokens[end + 1 :], "\n"))
 
     def _test(self, statement: _Statement, tokens: list[str]) -> None:
         joined = statement.joined if statement.joined in ("&&", "||") else "&&"

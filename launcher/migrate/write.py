@@ -17,7 +17,7 @@ def recipe_text(migration: Migration) -> str:
     lines += _comment("needs: ", migration.needs) if migration.needs else []
     lines += _comment("made by `yuan migrate` from: ", migration.command)
     for line in migration.lost:
-        lines += _comment("missing: ", f"{line.name} {line.value}: {line.lost}")
+        lines += _comment("missing: ", f"{f'{line.name} {line.value}'.rstrip()}: {line.lost}")
     values = migration.values
     for group in groups():
         given = [key for key in table() if key.startswith(f"{group}.") and key in values]

@@ -77,6 +77,44 @@ def test_a_name_never_hides_a_recipe_that_comes_with_yuan(yuan, here):
     assert "recipes/345m_migrated.yaml" in yuan("migrate", "345m.sh")
 
 
+@pytest.mark.parametrize("words", [[f'{GPT} --bf16 "$@"'], [f"{GPT} --bf16 $@"], [*GPT.split(), "--bf16", '"$@"'], [*GPT.split(), "$@", "--bf16"]])
+def test_no_arguments_are_nothing(migrated, words):
+    values, report = migrated(*words)
+    assert (values["training.seq_length"], values["training.precision"]) == (32, "bf16")
+    assert "could not be carried over" not in report
+
+
+@pytest.mark.parametrize("before", ["", "--bf16 ", "--data-path a ", "--data-path 0.5 $A 0.5 b "])
+def test_a_variable_that_nothing_sets_is_missing_and_no_flags_value(migrated, before):
+    values, report = migrated(f"{GPT} {before}$OPTS --lr 1e-4")
+    assert (values["training.seq_length"], values["optimizer.lr"]) == (32, 1e-4)
+    assert "$OPTS: nothing here sets it" in report
+    assert "OPTS" not in str(values)
+    text = Path("m.yaml").read_text()
+    assert "#   missing: $OPTS: nothing here sets it" in text
+
+
+@pytest.mark.parametrize("start", ["torchrun $DISTRIBUTED_ARGS", "$PYTHON", "$LAUNCHER"])
+def test_a_launcher_that_nothing_sets_is_missing(migrated, start):
+    values, report = migrated(f"{start} {GPT.split(' ', 3)[3]}")
+    assert values["model.num_layers"] == 2
+    assert f"{start.split()[-1]}: nothing here sets it: give launch.nproc_per_node" in report
+
+
+def test_a_script_chooses_by_its_argument(migrated, here):
+    (here / "run.sh").write_text(f"case $1 in\n  big) N=48;;\n  *) N=12;;\nesac\n{GPT} --num-layers $N\n")
+    assert migrated("bash", "run.sh", "big")[0]["model.num_layers"] == 48
+    assert migrated("run.sh", "small")[0]["model.num_layers"] == 12
+    values, report = migrated("run.sh")
+    assert "1 argument could not be carried over" in report and "run, line 1: `case $1 in`" in report
+
+
+@pytest.mark.parametrize("script", [f"for i in 1 2; do\n  {GPT}\ndone\n", f"f() {{\n  {GPT}\n}}\nf\n"])
+def test_a_training_in_a_loop_is_an_error_that_says_where(yuan, script):
+    with pytest.raises(UserError, match="line 1: `.*`: loops and functions are not read"):
+        yuan("migrate", script)
+
+
 def test_nothing_is_run(migrated, here):
     (here / "run.sh").write_text(f"touch ran\nX=$(touch ran2)\n{GPT} --seed $X --save `touch ran3`\n")
     migrated("run.sh")

@@ -82,10 +82,40 @@ def words_of(script: str, **options) -> list[list[str]]:
     ("root@instance-x:/workspace/Megatron-LM# run a \\\n  b", ["run", "a", "b"]),
     ("run a \\  \n  b", ["run", "a", "b"]),
     ("run $1 \"${2}\" \"$@\"", ["run", "one", "t w o", "one", "t w o"]),
+    ('run "$#" "$*"', ["run", "2", "one t w o"]),
     ("ARGS=(--a 1 --b '2 3')\nARGS+=(--c)\nrun ${ARGS[@]:-}\nrun \"${ARGS[@]}\"", ["run", "--a", "1", "--b", "2 3", "--c"]),
 ])  # fmt: skip
 def test_what_nothing_sets_stays_as_it_is_written(script, words):
     assert words_of(script, arguments=["one", "t w o"])[-1] == words
+
+
+@pytest.mark.parametrize("words", ['"$@"', "$@", '"$*"', "$*", '"a$@"', '"$@$@"', '"$#"', '""$@', '"${EMPTY[@]}"', "${EMPTY[@]}", '"$@" last'])
+def test_no_arguments_are_no_words(words):
+    script = f"EMPTY=()\nshow first {words}"
+    bash = subprocess.run(["bash", "-c", "show() { printf '%s\\0' show \"$@\"; }\n" + script], capture_output=True, text=True)
+    assert words_of(script)[-1] == bash.stdout.split("\0")[:-1]
+
+
+CASE = """
+case "$1" in
+  51b|"51B") A=one
+    ;;
+  2*)
+    if [ "$1" == 2b ]; then A=two; else A=other; fi;;
+  (x | y) A=three ;;
+  *) A=four
+esac
+case $A in two) case b in a) A=no;; b) A=${A}_b;; esac;; t*) A=t; A=${A}t;; esac
+run $A
+"""
+
+
+@pytest.mark.parametrize("word", ["51b", "51B", "2b", "2c", "x", "y", "", "z*"])
+def test_case_takes_the_branch_that_bash_takes(word):
+    bash = subprocess.run(["bash", "-c", "run() { echo $1; }\n" + CASE, "bash", word], capture_output=True, text=True, check=True)
+    read = read_script(CASE, arguments=[word])
+    assert read.commands[-1].words == ["run", bash.stdout.strip()]
+    assert not read.notes
 
 
 @pytest.mark.parametrize(("script", "line"), [
