@@ -81,8 +81,11 @@ def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain", **opt
     """
     case = Case(recipe, sources, **options)
     by_itself = [one for one in CHECKS[verb] if one.__module__ in _OF_THE_RECIPE]
-    problems = keep_sound(case, [problem for one in by_itself for problem in one(case)], by_itself)
-    problems += [problem for one in CHECKS[verb] if one not in by_itself for problem in one(case)]
+    found = [problem for one in by_itself for problem in one(case)]
+    wrong = {key for problem in found if problem.by_itself for key in problem.keys}
+    problems = keep_sound(case, [problem for problem in found if problem.by_itself or not problem.keys & wrong], by_itself)
+    others = [problem for one in CHECKS[verb] if one not in by_itself for problem in one(case)]
+    problems += [problem for problem in others if not problem.keys & wrong]
     return sorted(problems, key=lambda problem: problem.severity)
 
 

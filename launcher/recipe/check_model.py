@@ -79,7 +79,7 @@ def generation_ranges(case: Case) -> Iterator[Problem]:
 def _compare(case: Case, key: str, holds, rule: str) -> Iterator[Problem]:
     value = case.value(key)
     if value is not None and not holds(value):  # NaN holds nothing, and so is refused
-        yield Problem(f"{key} must be {rule}, not {value}", case.at(key), f"give a value {rule}")
+        yield Problem(f"{key} must be {rule}, not {value}", case.at(key), f"give a value {rule}", by_itself=True)
 
 
 def shapes(case: Case) -> Iterator[Problem]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
@@ -10,15 +11,26 @@ from typing import Any, Literal
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe
 
+KEY = re.compile(r"\b[a-z]+\.[a-z]\w*")
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong (`error`: it must not start) or odd (`warning`: it may) with a recipe."""
+    """One thing that is wrong (`error`: it must not start) or odd (`warning`: it may) with a recipe.
+
+    `by_itself`: it is wrong whatever the other values are, so that no rule can judge how it suits them.
+    """
 
     what: str
     where: str
     fix: str
     severity: Literal["error", "warning"] = "error"
+    by_itself: bool = False
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys that it speaks of."""
+        return set(KEY.findall(f"{self.what} {self.where} {self.fix}"))
 
     def as_error(self) -> UserError:
         """The same, to be raised."""
@@ -78,8 +90,17 @@ def divisors(value: int) -> list[int]:
     return sorted({*small, *(value // d for d in small)})
 
 
+def beside(values: Collection[int], wanted: int) -> list[int]:
+    """Of several numbers the nearest below and the nearest above `wanted`, where there are."""
+    below, above = [one for one in values if one < wanted], [one for one in values if one > wanted]
+    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
+def count(number: int, noun: str) -> str:
+    """`1 process`, `2 processes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def nearest_divisors(value: int, wanted: int) -> str:
     """The divisors of `value` beside `wanted`: `2 or 4`."""
-    below = [d for d in divisors(value) if d < wanted]
-    above = [d for d in divisors(value) if d > wanted]
-    return " or ".join(str(d) for d in below[-1:] + above[:1])
+    return " or ".join(map(str, beside(divisors(value), wanted)))
