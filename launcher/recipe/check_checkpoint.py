@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from checkpoints.folder import CheckpointError, has_checkpoints, newest_checkpoint
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
-from launcher.run.changes import changed_keys, refusals
+from launcher.run.changes import changed_keys, changed_model, refusals
 
 
 def load(case: Case) -> Iterator[Problem]:
@@ -40,11 +41,21 @@ def _fits(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
     options = case.recipe.checkpoint
     changes = changed_keys(saved, case.recipe)
     for key, why in refusals(saved, case.recipe, not (options.finetune or options.no_load_optim)).items():
-        before = str(changes[key][0]).lower() if isinstance(changes[key][0], bool) else changes[key][0]
-        fix = f"{key}={'null' if before is None else before}"
+        before = _word(changes[key][0])
+        fix = f"{key}={before}"
         if key in ("training.precision", "parallel.use_distributed_optimizer"):
             fix += ", or checkpoint.no_load_optim=true for its weights alone"
         yield Problem(f"{checkpoint} has {key}={before}: {why}", case.at("checkpoint.load", key), fix)
+    if others := changed_model(saved, case.recipe):
+        listed = "".join(f"\n    {change}" for change in others)
+        what = f"{checkpoint} loads, but was trained with another model:{listed}"
+        fix = ", ".join(f"{change.key}={_word(change.before)}" for change in others)
+        yield Problem(what, case.at("checkpoint.load"), f"{fix}; or leave it if the change is meant", "warning")
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tokenizer(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:

@@ -106,6 +106,12 @@ def refusals(saved: Recipe, new: Recipe, with_optimizer: bool = True) -> dict[st
     return why
 
 
+def changed_model(saved: Recipe, new: Recipe) -> list[Change]:
+    """The model's keys under which the checkpoint loads, though it was trained with others."""
+    never = refusals(saved, new)
+    return [change for change in classify(saved, new) if change.key.startswith("model.") and change.key not in never]
+
+
 def _optimizer_refusals(saved: Recipe, new: Recipe, changes: dict[str, Any]) -> dict[str, str]:
     """The plain optimizer holds fp32 copies of 16-bit weights only, the distributed one of all."""
     why, torch_format = {}, saved.checkpoint.format == "torch"

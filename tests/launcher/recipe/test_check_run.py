@@ -177,6 +177,28 @@ def test_a_checkpoint_to_start_from_must_fit(problems):
     assert problems("checkpoint.load=gone") == []
 
 
+@pytest.mark.parametrize(
+    ("word", "before"),
+    [
+        ("model.rotary_base=500000", "10000"),
+        ("model.norm_epsilon=1e-3", "1e-05"),
+        ("model.rotary_percent=0.5", "1.0"),
+        ("model.position_embedding_type=none", "rope"),
+        ("model.max_position_embeddings=512", "16"),
+        ("model.hidden_dropout=0.0", "0.1"),
+    ],
+)
+def test_a_model_that_the_checkpoint_was_not_trained_as_is_told(problems, word, before):
+    """Its tensors fit, so nothing else would ever say it."""
+    rope = "model.position_embedding_type=rope"
+    run_once("run.name=first", rope, step=10)
+    start = [rope, "checkpoint.load=runs/first"]
+    assert problems(*start) == []
+    (told,) = problems(*start, word)
+    key, _, _ = word.partition("=")
+    assert told.severity == "warning" and f"\n    {key}: " in told.what and told.fix.startswith(f"{key}={before}; ")
+
+
 def test_a_checkpoint_of_another_tokenizer_is_told(problems, workspace):
     """Its copies are compared, wherever the files lie now."""
     files = small_gpt2(workspace)
