@@ -7,10 +7,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.commands import data_inspect as view
+from launcher.commands.data_inspect import plural
 from launcher.commands.tokenizer import (
     MergeFile,
     PlainSpecialTokens,
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at .bin/.idx pairs; verify, repair, merge and index them.", no_args_is_help=True, rich_markup_mode=None)
 
-_WIDTH = 48  # of the longest bar; a line then fits into 80 columns
-_SHOWN, _ROWS, _COLUMNS = 32, 12, 96  # of a document: tokens one by one, lines of text and their width
 Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="Path of a pair, without .bin or .idx.")]
 Output = Annotated[str, typer.Option("--output", metavar="NEW", help="Prefix of the pair to write.")]
 
@@ -73,78 +73,18 @@ def inspect(
         plain_special_tokens=plain_special_tokens,
     )
     summary = summarize(prefix)
-    typer.echo("\n".join(_counts(prefix, summary) + _made(summary) + _lengths(summary)))
+    typer.echo("\n".join(view.counts(prefix, summary) + view.made(summary) + view.lengths(summary)))
     asked = bool(words) or any(value is not None for value, _ in given.values())
     tokenizer = tokenizer_of(load(words or [], given, default="preprocess").recipe.tokenizer) if asked else _maker(summary)
     reader = IndexedReader(prefix)
     if not 0 <= document < reader.documents:
         raise UserError(f"there is no document {document}", f"{prefix}.idx", f"--document 0 to {reader.documents - 1}")
-    typer.echo("\n".join(_document(reader.document(document), document, tokenizer, all_tokens)))
+    typer.echo("\n".join(view.document(reader.document(document), document, tokenizer, all_tokens)))
 
 
 def _bare(prefix: str) -> str:
     """A pair's prefix, also where one of its files was given."""
     return prefix.removesuffix(".bin").removesuffix(".idx")
-
-
-def _counts(prefix: str, s: Summary) -> list[str]:
-    share = "" if s.is_exact else " among the first and the last 4 million tokens"
-    empty = f" ({s.empty:,} of them empty)" if s.empty else ""
-    return [
-        f"data       {prefix}.bin ({_size(s.bin_bytes)}) and .idx ({_size(s.idx_bytes)})",
-        f"holds      {_plural(s.documents, 'document')}{empty}, {_plural(s.sequences, 'sequence')}, {_plural(s.tokens, 'token')}",
-        f"tokens     {s.dtype}, largest id {s.largest_id}{share}",
-    ]
-
-
-def _made(s: Summary) -> list[str]:
-    made = s.description
-    if made is None:
-        return ["made       by a tool that left no manifest"]
-    lines = []
-    tokenizer = made.get("tokenizer")
-    if tokenizer:
-        ending = f"every document ends with {tokenizer['eod']}" if made.get("append_eod") else "no end-of-document ids"
-        lines.append(f"tokenizer  {tokenizer['type']}, {tokenizer['vocab_size']} ids, sha256 {tokenizer['sha256'][:12]}; {ending}")
-    inputs = made.get("inputs") or [one for part in made.get("merged", []) for one in part.get("inputs") or []]
-    if inputs:
-        files = inputs[0]["path"] if len(inputs) == 1 else f"{len(inputs)} files, {inputs[0]['path']} to {inputs[-1]['path']}"
-        shard = made.get("shard", [0, 1])
-        share = f", share {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
-        lines.append(f"made of    {files}{share}, under {', '.join(made.get('json_keys', []))}")
-    if "merged" in made:
-        lines.append(f"merged     {_plural(len(made['merged']), 'pair')}, {made['merged'][0]['name']} to {made['merged'][-1]['name']}")
-    for line in (made.get("repaired") or {}).get("mended", []) + (made.get("repaired") or {}).get("lost", []):
-        lines.append(f"repaired   {line}")
-    for name, noun in (("blank_lines", "blank line"), ("bad_lines", "bad line")):
-        if made.get(name):
-            lines.append(f"left out   {_plural(made[name], noun)}")
-    return lines + [f"           {line}" for line in made.get("first_bad_lines", [])]
-
-
-def _lengths(s: Summary) -> list[str]:
-    """The histogram: bins that double, the longest bar _WIDTH characters."""
-    if not s.documents:
-        return []
-    percentiles = ", ".join(f"{percent} % {length:,}" for percent, length in s.percentiles.items())
-    lines = [f"lengths    {s.tokens / s.documents:,.0f} tokens a document on average, {s.longest:,} at most", f"           percentiles: {percentiles}"]
-    most = max(count for *_, count in s.histogram)
-    names = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high, _ in s.histogram]
-    width = max(map(len, names))
-    for name, (*_, count) in zip(names, s.histogram):
-        lines.append(f"  {name:>{width}}  {_bar(count / most):<{_WIDTH}} {count:,}".rstrip())
-    return lines
-
-
-def _bar(share: float) -> str:
-    """Whole blocks and a part of one, in eighths; `#` where the terminal's encoding has no blocks."""
-    eighths = max(round(share * _WIDTH * 8), 1 if share else 0)
-    bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-    try:
-        bar.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return "#" * -(-eighths // 8)
-    return bar
 
 
 def _maker(s: Summary) -> Tokenizer | None:
@@ -157,34 +97,6 @@ def _maker(s: Summary) -> Tokenizer | None:
         return tokenizer if tokenizer.hash() == made["tokenizer"]["sha256"] else None
     except (KeyError, TypeError, TokenizerError):
         return None
-
-
-def _document(sequences: list[Any], number: int, tokenizer: Tokenizer | None, everything: bool) -> list[str]:
-    ids = [int(token) for sequence in sequences for token in sequence]
-    of = f" in {len(sequences)} sequences" if len(sequences) > 1 else ""
-    lines = [f"document {number}: {_plural(len(ids), 'token')}{of}"]
-    shown = ids if everything else ids[:_SHOWN]
-    if tokenizer is None:
-        lines.append("  (as text with its tokenizer: recipe=NAME, or --tokenizer-type and its files)")
-        lines += [f"  {' '.join(map(str, shown))}" + (" ..." if len(shown) < len(ids) else "")]
-        return lines
-    outside = [i for i in ids if i >= tokenizer.vocab_size]
-    if outside:
-        what = f"the document holds the id {outside[0]}, and this {tokenizer.type} has {tokenizer.vocab_size} ids"
-        raise UserError(what, f"document {number}", "give the tokenizer that made the data")
-    text = _wrapped(tokenizer.decode(ids if everything else ids[: 8 * _SHOWN])) if ids else []
-    cut = not everything and (len(text) > _ROWS or len(ids) > 8 * _SHOWN)
-    lines += [f"  {line}".rstrip() for line in (text[:_ROWS] if cut else text)] + ["  ..."] * cut
-    lines += [f"  {i:7} {tokenizer.decode([i])!r}" for i in shown]
-    return lines + [f"  ... {len(ids) - len(shown):,} more (--all)"] * (len(shown) < len(ids))
-
-
-def _wrapped(text: str) -> list[str]:
-    """Lines of at most _COLUMNS columns, without what a terminal would act upon."""
-    from rich.cells import chop_cells
-
-    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return [piece for line in text.split("\n") for piece in (chop_cells(line, _COLUMNS) or [""])]
 
 
 @app.command(short_help="Is a pair whole, and what its manifest says?")
@@ -214,9 +126,9 @@ def verify(
             typer.echo(f"error: {UserError(fault.what, fault.where, fault.fix)}", err=True)
         if found.faults:
             faulty += 1
-            typer.echo(f"not whole  {prefix}: {_plural(len(found.faults), 'fault')}")
+            typer.echo(f"not whole  {prefix}: {plural(len(found.faults), 'fault')}")
             continue
-        counts = f"{_plural(found.documents, 'document')}, {_plural(found.tokens, 'token')}, largest id {found.largest_id}"
+        counts = f"{plural(found.documents, 'document')}, {plural(found.tokens, 'token')}, largest id {found.largest_id}"
         typer.echo(f"whole      {prefix}: {counts} ({time.monotonic() - started:.1f} s)")
         for line in found.unknown:
             typer.echo(f"           {line}")
@@ -249,7 +161,7 @@ def repair(
         typer.echo(f"mended     {line}")
     for line in found.lost:
         typer.echo(f"lost       {line}")
-    typer.echo(f"done       {output}.bin and .idx: {_plural(writer.documents, 'document')}, {_plural(writer.tokens, 'token')}")
+    typer.echo(f"done       {output}.bin and .idx: {plural(writer.documents, 'document')}, {plural(writer.tokens, 'token')}")
     typer.echo(f"next       yuan data verify {output}")
 
 
@@ -271,10 +183,10 @@ def merge(
     from data_tools.merge import merge as merge_pairs
 
     output, pairs, started = _bare(output), find_pairs(prefixes), time.monotonic()
-    typer.echo(f"merging    {_plural(len(pairs), 'pair')}, {pairs[0]} to {pairs[-1]}")
+    typer.echo(f"merging    {plural(len(pairs), 'pair')}, {pairs[0]} to {pairs[-1]}")
     with _os_errors(output), _Meter(f"writing {output}") as meter:
         joined = merge_pairs(pairs, output, meter.show)
-    counts = f"{_plural(joined['documents'], 'document')}, {_plural(joined['tokens'], 'token')}"
+    counts = f"{plural(joined['documents'], 'document')}, {plural(joined['tokens'], 'token')}"
     typer.echo(f"done       {output}.bin and .idx: {counts} ({time.monotonic() - started:.1f} s)")
     if "merged_from" in joined:
         typer.echo("           not all have a manifest: the new one tells the counts alone")
@@ -314,14 +226,6 @@ def build_index(loaded: Loaded) -> str:
     started = time.monotonic()
     build(recipe)
     return f"index      {note.parent}: built in {time.monotonic() - started:.1f} s"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,} bytes"
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import DataError
 from launcher.recipe import check_data, check_layout, check_model, check_schedule
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe
@@ -99,11 +98,10 @@ def write_note(note: Path, files: list[Path]) -> None:
 
 
 def described(recipe: Recipe) -> str | None:
-    """A line for those who wait: is the index there? None where the recipe or its data do not tell."""
-    try:
-        note = note_path(recipe)
-    except (OSError, DataError, TypeError, IndexError, ArithmeticError, ValueError):
-        return None  # faults that `check` names
+    """A line for those who wait: is the index of this recipe, in which nothing is wrong, there? None where it reads no data set."""
+    if not prefixes(recipe):
+        return None
+    note = note_path(recipe)
     if is_whole(note):
         return f"{note.parent} (built)"
     return f"{note.parent} (not there yet: built while the processes wait, or before by `yuan data index`)"
