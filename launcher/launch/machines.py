@@ -20,6 +20,7 @@ from launcher.errors import UserError
 from launcher.launch.connection import Line, family_of, interface_of
 from launcher.launch.outcome import Outcome, worst
 from launcher.launch.processes import GRACE_S, StopSignals
+from launcher.recipe.endpoint import host_and_port
 from launcher.recipe.schema import Recipe
 
 END_S = GRACE_S + 45.0  # from "abort" until every machine has ended its ranks
@@ -261,11 +262,11 @@ def meeting_point(recipe: Recipe) -> tuple[str, int]:
     Raises:
         UserError: it is not given, or is not HOST:PORT.
     """
-    host, _, port = (recipe.launch.rdzv_endpoint or "").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    found = host_and_port(recipe.launch.rdzv_endpoint)
+    if found is None:
         what = f"several machines need a meeting point, and launch.rdzv_endpoint is {recipe.launch.rdzv_endpoint!r}"
         raise UserError(what, "launch.rdzv_endpoint", "launch.rdzv_endpoint=HOST_OF_NODE_0:29500")
-    return host.strip("[]"), int(port)
+    return found
 
 
 class _Waiting:

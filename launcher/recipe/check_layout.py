@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from launcher.recipe.device import gpu_count
+from launcher.recipe.endpoint import host_and_port, is_loopback
 from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
 
 TP = "parallel.tensor_model_parallel_size"
@@ -110,19 +111,28 @@ def data_parallel(case: Case) -> Iterator[Problem]:
 def machines(case: Case) -> Iterator[Problem]:
     """Several machines must find each other; Slurm tells them where by itself."""
     launch = case.recipe.launch
-    if launch.kind == "torchrun" and launch.nnodes > 1 and not launch.rdzv_endpoint:
-        yield Problem(
-            f"{launch.nnodes} machines need a place to meet",
-            case.at("launch.nnodes"),
-            "launch.rdzv_endpoint=FIRST_MACHINE:29500, the same on every machine, or launch.kind=slurm",
-            "error" if case.launching else "warning",
-        )
+    if launch.kind == "torchrun" and launch.nnodes > 1:
+        yield from _meeting(case)
     if 0 < launch.nnodes <= launch.node_rank:
         yield Problem(
             f"machine number {launch.node_rank} of {launch.nnodes}: numbers start at 0",
             case.at("launch.node_rank", "launch.nnodes"),
             "launch.node_rank=0" + (f" … {launch.nnodes - 1}" if launch.nnodes > 1 else ""),
         )
+
+
+def _meeting(case: Case) -> Iterator[Problem]:
+    launch, fix = case.recipe.launch, "launch.rdzv_endpoint=FIRST_MACHINE:29500, the same on every machine"
+    if not launch.rdzv_endpoint:
+        what, severity = f"{launch.nnodes} machines need a place to meet", "error" if case.launching else "warning"
+        yield Problem(what, case.at("launch.nnodes"), f"{fix}, or launch.kind=slurm", severity)
+        return
+    found, at = host_and_port(launch.rdzv_endpoint), case.at("launch.nnodes", "launch.rdzv_endpoint")
+    if found is None:
+        yield Problem(f"{launch.rdzv_endpoint} is no host and port to meet at", at, fix)
+    elif is_loopback(found[0]):
+        what = f"{found[0]} is to every machine its own address: {launch.nnodes} machines do not meet there"
+        yield Problem(what, at, fix, "warning")  # several launchers of one machine do
 
 
 def gpus(case: Case) -> Iterator[Problem]:

@@ -247,3 +247,22 @@ def test_what_megatron_takes_and_is_hardly_meant_is_a_warning(problems, words, w
     found = problems(*words)
     assert any(what in problem.what for problem in found), found
     assert {problem.severity for problem in found} == {"warning"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "what", "severity"),
+    [
+        ("foo", "foo is no host and port to meet at", "error"),
+        ("foo:99999999", "foo:99999999 is no host and port", "error"),
+        (":29500", ":29500 is no host and port", "error"),
+        ("localhost:29500", "localhost is to every machine its own address", "warning"),
+        ("'[::1]:29500'", "::1 is to every machine its own address", "warning"),
+        ("null", "2 machines need a place to meet", "warning"),
+    ],
+)
+def test_a_place_where_machines_cannot_meet(problems, endpoint, what, severity):
+    two = ["launch.nnodes=2", "launch.rdzv_endpoint=node0:29500"]
+    assert problems(*two) == []
+    (problem,) = problems(*two, f"launch.rdzv_endpoint={endpoint}")
+    assert problem.what.startswith(what) and problem.severity == severity
+    assert problems("launch.kind=slurm", "launch.device=cpu", f"launch.rdzv_endpoint={endpoint}", "launch.nnodes=2") == []
