@@ -79,6 +79,15 @@ def _in_samples(case: Case, name: str) -> int | None:
     return samples
 
 
+def _asked(case: Case, name: str) -> tuple[str, int]:
+    """The key in which a length of the schedule was given, or else the one that the training counts in; and its units
+    in an iteration, or in a sample where samples are counted."""
+    t, unit = case.recipe.training, "iters" if _by_iters(case) else "samples"
+    if case.given(f"optimizer.{name}_tokens") and case.value(f"optimizer.{name}_tokens"):
+        return f"optimizer.{name}_tokens", (t.seq_length or 1) * ((t.global_batch_size or 1) if unit == "iters" else 1)
+    return f"optimizer.{name}_{unit}", 1
+
+
 def learning_rate(case: Case) -> Iterator[Problem]:
     """Floor, peak and start in order; a warm-up shorter than the decay; WSD's last phase; and what will never be reached."""
     o, batch = case.recipe.optimizer, case.recipe.training.global_batch_size
@@ -87,49 +96,61 @@ def learning_rate(case: Case) -> Iterator[Problem]:
             if case.value(key) > o.lr:
                 yield Problem(f"{key} is above the peak", case.at(key, "optimizer.lr"), f"{key}={o.lr} or less")
     decay, warmup = _in_samples(case, "lr_decay"), _in_samples(case, "lr_warmup") or 0
+    decay_key, one_decay = _asked(case, "lr_decay")
+    if decay == 0 and decay_key.endswith("tokens"):
+        what = f"a decay of {case.value(decay_key)} tokens is less than one step"
+        yield Problem(what, case.at(decay_key), f"{decay_key}={one_decay} or more, or {decay_key}=null")
     if not decay or not batch:
         return
     if o.lr_warmup_fraction is not None:
         warmup = o.lr_warmup_fraction * decay
-    yield from _warmup_of_nothing(case, warmup / batch)
+    yield from _warmup_of_nothing(case, warmup / batch, decay / batch)
+    yield from list(_out_of_order(case, decay, warmup)) or _unreached(case, warmup / batch, decay / batch)
+
+
+def _out_of_order(case: Case, decay: int, warmup: float) -> Iterator[Problem]:
+    """Lengths in samples: the warm-up ends before the decay does, and WSD's last phase begins after it."""
+    o, batch = case.recipe.optimizer, case.recipe.training.global_batch_size
     unit, per = ("iters", batch) if _by_iters(case) else ("samples", 1)
+    decay_key, _ = _asked(case, "lr_decay")
     if warmup >= decay:
-        key = f"optimizer.lr_warmup_{unit}"
+        key, one = _asked(case, "lr_warmup")
+        key = WARMUPS[3] if o.lr_warmup_fraction is not None else key
+        more = "" if case.given(decay_key) else ", or a longer training"
         yield Problem(
             f"a warm-up of {warmup / per:g} {unit} must be shorter than the decay of {decay / per:g} {unit}",
-            case.at(key, f"optimizer.lr_decay_{unit}"),
-            f"{key}={decay // per - 1} or less, or a longer training",
+            case.at(key, decay_key),
+            (f"{key}={(decay // per - 1) * one} or less" if decay // per > 1 else f"{key}=0") + more,
         )
+    key, one = _asked(case, "lr_wsd_decay")
     wsd = _in_samples(case, "lr_wsd_decay")
     if o.lr_decay_style == "WSD" and not wsd:
         yield Problem(
             "WSD needs the length of its last phase",
             case.at("optimizer.lr_decay_style"),
-            f"optimizer.lr_wsd_decay_{unit}={max(1, decay // per // 10)}, for a tenth",
+            f"{key}={max(1, decay // per // 10) * one}, for a tenth",
         )
     elif o.lr_decay_style == "WSD" and wsd > decay - warmup:
         yield Problem(
             "WSD's last phase begins within the warm-up",
-            case.at(f"optimizer.lr_wsd_decay_{unit}"),
-            f"optimizer.lr_wsd_decay_{unit}={int((decay - warmup) // per)} or less",
+            case.at(key, decay_key),
+            f"{key}={int((decay - warmup) // per) * one} or less",
         )
-    yield from _unreached(case, warmup / batch, decay / batch)
 
 
-def _warmup_of_nothing(case: Case, warmup: float) -> Iterator[Problem]:
-    """`warmup` in steps. Asked for, and shorter than a step: old scripts divided tokens by a batch and got 0."""
+def _warmup_of_nothing(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
+    """Lengths in steps. Asked for, and shorter than a step: old scripts divided tokens by a batch and got 0."""
     asked = [key for key in WARMUPS if case.given(key) and case.value(key)]
     if len(asked) == 1 and warmup < 1:
         key, t = asked[0], case.recipe.training
-        least = {"samples": t.global_batch_size, "tokens": t.global_batch_size * (t.seq_length or 1)}.get(key.rsplit("_", 1)[1])
-        fix = f"{key}={least} or more" if least else "a larger share"
-        yield Problem(f"a warm-up of {warmup:.2g} steps is none", case.at(key), f"{fix}, or {key}=0 for none", "warning")
+        step = {"samples": t.global_batch_size, "tokens": t.global_batch_size * (t.seq_length or 1)}
+        least = step.get(key.rsplit("_", 1)[1]) or f"{2 / decay:.1g}"  # of a share two steps, so that rounding leaves one
+        yield Problem(f"a warm-up of {warmup:.2g} steps is none", case.at(key), f"{key}={least} or more, or {key}=0 for none", "warning")
 
 
 def _unreached(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
     """Lengths in steps. A training that ends within its warm-up or decay is allowed, and often a mistake."""
     steps, style = case.recipe.derived.train_iters, case.recipe.optimizer.lr_decay_style
-    unit = "iters" if _by_iters(case) else "samples"
     if not steps:
         return
     if steps < warmup:
@@ -138,7 +159,7 @@ def _unreached(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
         what = f"the training ends after {steps} of {decay:g} steps of decay: the learning rate never falls to min_lr"
     else:
         return
-    key = f"optimizer.lr_decay_{unit}"
+    key, _ = _asked(case, "lr_decay")
     yield Problem(what, case.at(key), f"{key}=null makes the decay as long as the training", "warning")
 
 
@@ -179,25 +200,26 @@ def rampup(case: Case) -> Iterator[Problem]:
         return
     start, increment, _ = t.rampup_batch_size
     total = t.global_batch_size or 0
+    at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
+    mended = whole_ramp(t.rampup_batch_size, total, max(at_once, 1))
+    ramp = f"{key}={str(mended).replace(' ', '') if mended else 'null'}"
     if total <= start:
         yield Problem(
             f"the batch cannot grow from {start} to {total}",
             case.at(key, "training.global_batch_size"),
-            f"a start below {total}, or {key}=null",
+            ramp + (f", or {key}=null" if mended else ""),
         )
     elif (total - start) % increment:
         fits = " or ".join(str(start + int(n)) for n in nearest(total - start, increment).split(" or "))
         yield Problem(
             f"steps of {increment} do not lead from {start} to {total}",
             case.at(key, "training.global_batch_size"),
-            f"training.global_batch_size={fits}",
+            f"{ramp}, or training.global_batch_size={fits}",
         )
-    at_once = (t.micro_batch_size or 0) * (case.recipe.derived.data_parallel_size or 0)
     torn = [size for size in batch_sizes(case.recipe)[:-1] if at_once > 0 and size % at_once]
     if torn:
-        mended = whole_ramp(t.rampup_batch_size, total, at_once)
         yield Problem(
             f"the batch grows through {torn[0]}, no multiple of micro_batch_size x data-parallel size = {at_once}",
             case.at(key, "training.micro_batch_size"),
-            f"{key}={str(mended).replace(' ', '') if mended else 'null'}",
+            ramp,
         )

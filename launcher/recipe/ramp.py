@@ -48,6 +48,6 @@ def whole_ramp(rampup: list[int], batch: int, unit: int) -> list[int] | None:
     start, increment, length = rampup
     if batch % unit or batch <= unit:
         return None
-    starts = [value for value in (start // unit * unit, -(-start // unit) * unit) if 0 < value < batch] or [unit]
+    starts = [value for value in (start // unit * unit, -(-start // unit) * unit) if 0 < value < batch] or [batch - unit]
     start = min(starts, key=lambda value: abs(value - start))
     return [start, unit * min(divisors((batch - start) // unit), key=lambda count: abs(count * unit - increment)), length]

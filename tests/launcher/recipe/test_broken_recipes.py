@@ -80,7 +80,8 @@ BROKEN = {
     # the rule's own neighbours fail other rules: further values, or two at once, are offered
     TP4 + "model.num_attention_heads=6 model.hidden_size=252 model.num_query_groups=6": "model.num_attention_heads 6 cannot be cut; size=2",
     "launch.nnodes=3 launch.nproc_per_node=2 launch.rdzv_endpoint=a:1 training.global_batch_size=12 parallel.tensor_model_parallel_size=4": "launch.nnodes=2 or 4",
-    "launch.nproc_per_node=6 training.global_batch_size=16 parallel.tensor_model_parallel_size=3": "model.num_attention_heads 4; size=2, and ",
+    "launch.nproc_per_node=6 training.global_batch_size=16 parallel.tensor_model_parallel_size=3 model.hidden_size=256 model.num_attention_heads=8": "size=4, and launch.nproc_per_node=4",
+    "launch.nproc_per_node=4 training.train_samples=800 training.global_batch_size=16 training.rampup_batch_size=[8,5,50]": "training.rampup_batch_size=[8,8,50]",
     "launch.nproc_per_node=8 parallel.tensor_model_parallel_size=8 model.num_attention_heads=12 model.hidden_size=768": "_parallel_size=4",
     "launch.node_rank=1": "machine number 1 of 1",
     "launch.mfu=2": "launch.mfu must be at most 1",
@@ -145,6 +146,8 @@ BROKEN = {
     "optimizer.adam_beta2=1": "optimizer.adam_beta2 must be below 1",
     "optimizer.lr_warmup_fraction=1": "optimizer.lr_warmup_fraction must be below 1",
     "optimizer.lr_warmup_iters=100": "a warm-up of 100 iters must be shorter than the decay of 100 iters",
+    "optimizer.lr_warmup_tokens=1e6": "a warm-up of 7812 iters; optimizer.lr_warmup_tokens=12672 or less",
+    "optimizer.lr_decay_tokens=100": "a decay of 100 tokens is less than one step; optimizer.lr_decay_tokens=128 or more",
     "optimizer.lr_warmup_iters=3 optimizer.lr_warmup_fraction=0.1": "the warm-up is given twice",
     "optimizer.lr_decay_samples=800": "a training counted in steps cannot have optimizer.lr_decay_samples",
     SAMPLES + "optimizer.lr_warmup_iters=3": "a training counted in samples or tokens cannot have optimizer.lr_warmup_iters",
@@ -244,6 +247,12 @@ def offered(error: str) -> list[str]:
             values = [one["values"].split(" or ") for one in assignments]
             changes += [" ".join(f"{one['key']}={value}" for one, value in zip(assignments, each)) for each in zip(*values)]
     return changes
+
+
+@pytest.mark.parametrize("typed", ["optimizer.lr=-1e-3", "optimizer.lr_warmup_fraction=1.5", "optimizer.lr_warmup_tokens=1e6", "optimizer.lr_decay_tokens=100"])
+def test_what_follows_from_a_fault_is_not_told_beside_it(yuan_check, typed):
+    _, text = yuan_check(typed)
+    assert len(errors_of(text)) == 1 and "warning" not in text
 
 
 @settings(deadline=None, max_examples=200)
