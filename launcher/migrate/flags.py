@@ -35,8 +35,7 @@ SAME_NAME = """
     data.data_path data.split data.train_data_path data.valid_data_path data.test_data_path data.reset_position_ids
     data.reset_attention_mask data.eod_mask_loss data.num_workers data.data_cache_path
     tokenizer.tokenizer_model tokenizer.vocab_file tokenizer.merge_file tokenizer.vocab_size
-    tokenizer.tokenizer_hf_include_special_tokens tokenizer.tiktoken_pattern tokenizer.tiktoken_special_tokens
-    tokenizer.tiktoken_num_special_tokens
+    tokenizer.tokenizer_hf_include_special_tokens tokenizer.tiktoken_pattern tokenizer.tiktoken_num_special_tokens
     checkpoint.save_interval checkpoint.finetune checkpoint.no_load_optim checkpoint.no_load_rng
     logging.log_interval
 """
@@ -210,6 +209,7 @@ WITHOUT_KEY = {
     "--max-padding-length": "samples have training.seq_length tokens",
     "--extra-vocab-size": "the vocabulary is padded by model.make_vocab_size_divisible_by",
     "--patch-tokenizer-type": "give tokenizer.type",
+    "--tiktoken-special-tokens": "give tokenizer.tiktoken_special_tokens, a list",
     "--dataset": "pretraining reads .bin and .idx files",
 }
 HARMLESS_VALUES = {

@@ -13,7 +13,7 @@ FLOATS = """rotary-percent=1.0 norm-epsilon=1e-5 init-method-std=0.02 attention-
     initial-loss-scale=4294967296 min-loss-scale=1.0 loss-scale-window=1000 lr min-lr=0.0 lr-warmup-fraction lr-warmup-init=0.0
     weight-decay=0.01 start-weight-decay end-weight-decay clip-grad=1.0 adam-beta1=0.9 adam-beta2=0.999 adam-eps=1e-8"""
 TEXTS = "pipeline-model-parallel-layout split data-cache-path tokenizer-model vocab-file merge-file save load tiktoken-pattern"
-LISTS = "rampup-batch-size data-path train-data-path valid-data-path test-data-path tiktoken-special-tokens"
+LISTS = "rampup-batch-size data-path train-data-path valid-data-path test-data-path"
 SWITCHES = """swiglu add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 sequence-parallel
     use-distributed-optimizer overlap-grad-reduce overlap-param-gather reset-position-ids reset-attention-mask eod-mask-loss
     finetune no-load-optim no-load-rng bf16 fp16 disable-bias-linear group-query-attention tokenizer-hf-include-special-tokens"""

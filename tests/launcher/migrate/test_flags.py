@@ -75,7 +75,7 @@ TOGETHER = {
                   "--recompute-granularity full --recompute-method block --recompute-num-layers 3"],
     "tokenizer": ["--tokenizer-type GPT2BPETokenizer", "--tokenizer-type NullTokenizer --vocab-size 99",
                   "--tokenizer-type SentencePieceTokenizer", "--tokenizer-type HuggingFaceTokenizer --tokenizer-hf-include-special-tokens",
-                  "--tokenizer-type TikTokenizer --tiktoken-pattern v1 --tiktoken-num-special-tokens 9 --tiktoken-special-tokens <a> <b>"],
+                  "--tokenizer-type TikTokenizer --tiktoken-pattern v1 --tiktoken-num-special-tokens 9"],
     "folders": ["--save-interval 7 --save out --load out", "--save-interval 9 --save out --load other",
                 "--save-interval 7 --save out --load other --finetune", "--save-interval 4 --save 'o u t' --load 'o u t'"],
     "data": ["", "--data-path a_text_document", "--data-path 0.7 'a b' 0.3 b --split 90,10,0", "--data-path a b c",
