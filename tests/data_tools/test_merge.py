@@ -20,7 +20,7 @@ def content(prefix) -> tuple[bytes, bytes]:
     return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)  # each makes a dozen files and waits for the disk
 @given(first=DOCUMENTS, second=DOCUMENTS, third=DOCUMENTS)
 def test_the_bytes_of_one_run_and_of_megatrons_merge(tmp_path_factory, first, second, third):
     folder = tmp_path_factory.mktemp("merge")

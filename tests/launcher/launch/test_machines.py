@@ -103,7 +103,7 @@ def test_two_machines_with_one_number(tmp_path, port):
         if job is not refused:
             job.terminate()
             assert job.communicate(timeout=60)[1].endswith("pretrain stopped by SIGTERM; there is no checkpoint yet: the same command starts anew\n")
-            assert job.returncode == 3
+            assert job.returncode in (3, -signal.SIGTERM)  # one that machine 0 told to stop may be on its way out already
 
 
 @pytest.mark.parametrize(("rank", "who", "option"), [(0, "machine 1 of 2", "launch.node_rank=1"), (1, "machine 0", "launch.node_rank=0")])
