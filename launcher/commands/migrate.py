@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from launcher.errors import UserError
+from launcher.migrate import verdict
 from launcher.migrate.read import migrate as read
 from launcher.migrate.result import Migration
 from launcher.migrate.write import recipe_text, report
@@ -57,6 +58,8 @@ def migrate(
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
             print(f"written    {target}\nuse it     {one.use}")
+        if not to_stdout:
+            print("\n".join(verdict.lines(one)))
     for note in [] if to_stdout else notes:
         print(f"left out   {note}")
 

@@ -122,7 +122,7 @@ def _split(call: Call, verb: str) -> list[tuple[str, list[str]]]:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
             found.append((name, [value] if equals else []))
-        elif UNKNOWN.match(word.lstrip('"')) and not (found and _wants_more(*found[-1], verb)):
+        elif word.lstrip('"').startswith(("$", "`")) and not (found and _wants_more(*found[-1], verb)):
             found.append((word, []))
         elif found:
             found[-1][1].append(word)

@@ -14,6 +14,7 @@ OPTIONS = {
     "-ts": "--train_strategy", "-is": "--infer_strategy", "-sc": "--src_ckpt_path", "-dc": "--dst_ckpt_path",
     "-pp": "--pipeline_parallel", "-tm": "--transfer_mode",
 }  # fmt: skip
+HEADS = (32, 40, 64)  # of 7B, 13B and 70B
 FUNCTIONS = ("distributed_weight_transfer", "pt_to_ms", "train_to_infer")
 
 
@@ -31,6 +32,9 @@ def mindspore(call: Call) -> Migration:
     width, source = given["--world_size"], given["--src_ckpt_path"].rstrip("/")
     if not WHOLE.fits(width):
         raise UserError(f"-w (--world_size) is {width!r}, and must be a whole number above 0", call.place, "2, 4, 8 or 16")
+    if all(heads % int(width) for heads in HEADS):
+        what = f"-w (--world_size) is {width}, and the attention heads of no Llama-2 ({', '.join(map(str, HEADS))}) can be shared so"
+        raise UserError(what, call.place, "2, 4, 8 or 16")
     fused = "qkv" in f"{source} {given.get('--yaml_path', '')}"
     target = given.get("--dst_ckpt_path", "").rstrip("/")
     folder = f"{target or f'../ckpt/llama2_7b/qkv/{width}_llama-2-7b'}/fp16_{width}p{'_qkv' if fused else ''}"

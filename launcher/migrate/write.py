@@ -9,6 +9,7 @@ from launcher.migrate.result import Line, Migration
 from launcher.recipe.keys import groups, table, yaml_scalar
 
 WIDTH = 100
+COMMENTS = {"launch.gpu_memory_gib": "  # assumed, as of an A100 or H100: write what yours have"}
 
 
 def recipe_text(migration: Migration) -> str:
@@ -23,7 +24,7 @@ def recipe_text(migration: Migration) -> str:
         given = [key for key in table() if key.startswith(f"{group}.") and key in values]
         if given:
             lines.append(f"{group}:")
-            lines += [f"  {key.split('.')[1]}: {yaml_scalar(values[key])}" for key in given]
+            lines += [f"  {key.split('.')[1]}: {yaml_scalar(values[key])}{COMMENTS.get(key, '')}" for key in given]
     return "\n".join(lines) + "\n"
 
 

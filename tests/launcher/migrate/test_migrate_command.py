@@ -115,6 +115,41 @@ def test_a_training_in_a_loop_is_an_error_that_says_where(yuan, script):
         yuan("migrate", script)
 
 
+def test_a_recipe_of_gpus_is_for_gpus(yuan, here):
+    """Else a machine without any would check it as a training on its CPU."""
+    text = yuan("migrate", "--output", "-", SCRIPT)
+    assert "  gpu_memory_gib: 80  # assumed" in text
+    yuan("migrate", SCRIPT)
+    recipe = load(["recipe=train_gpt2_345m_1dp1pp_distributed"]).recipe
+    assert (recipe.derived.device, recipe.launch.gpu_memory_gib) == ("cuda", 80)
+    assert "device" not in yuan("migrate", "--output", "-", "python tools/preprocess_data.py --input a.jsonl --output-prefix a")
+
+
+SHAPE = GPT + " --micro-batch-size 1 --lr 1e-4 --max-position-embeddings 32"
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (SHAPE + " --train-iters 5", "checked    the values go together; files and this machine: yuan check recipe="),
+    (SHAPE + " --train-iters 5 --lr-decay-iters 90", "are odd in places\nwarning: the training ends after 5 of 90"),
+    (SHAPE, "it would not run: 1 error\nerror: nothing says how long to train"),
+    (GPT, "error: training.micro_batch_size is not given"),
+    (SHAPE.replace("node 2", "node 8") + " --train-iters 5 --global-batch-size 9", "global_batch_size 9"),
+    (SHAPE + " --train-iters 5 --tensor-model-parallel-size 3", "processes"),
+])  # fmt: skip
+def test_what_was_written_is_judged(yuan, command, said):
+    assert said in yuan("migrate", "--dry-run", command)
+
+
+def test_what_was_written_is_judged_without_its_files_and_without_gpus(yuan):
+    text = (COMMANDS / "pai_pretrain.sh").read_text()
+    assert "checked    the values go together" in yuan("migrate", "--dry-run", text)
+    nine = yuan("migrate", "--dry-run", text.replace("8 \\\n1e-5", "9 \\\n1e-5"))
+    assert "it would not run: 1 error\nerror: global_batch_size 9 " in nine
+    assert "would not run" in yuan("migrate", "--dry-run", text.replace("7B ", "70B "))  # on 8 GPUs, as one whole model on each
+    with pytest.raises(UserError, match="attention heads of no Llama-2"):
+        yuan("migrate", "--dry-run", "bash ckpt_convert.sh -f distributed_weight_transfer -p fp16 -w 3 -sc /a_qkv -dc /b")
+
+
 def test_nothing_is_run(migrated, here):
     (here / "run.sh").write_text(f"touch ran\nX=$(touch ran2)\n{GPT} --seed $X --save `touch ran3`\n")
     migrated("run.sh")

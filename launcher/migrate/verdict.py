@@ -1,0 +1,46 @@
+"""What the rules say of a migrated recipe by itself: of its values, not of files and not of this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from launcher.errors import UserError
+from launcher.migrate.result import Migration
+from launcher.migrate.write import recipe_text
+from launcher.recipe import check_conversion, check_layout, check_memory, check_model, check_schedule, check_stages, load
+from launcher.recipe.check import CHECKS
+from launcher.recipe.offers import keep_sound
+from launcher.recipe.problem import Case, Problem
+
+OF_VALUES = {module.__name__ for module in (check_model, check_layout, check_stages, check_schedule)}
+OF_VALUES_TOO = (check_memory.memory, check_conversion.layout)
+OF_THIS_MACHINE = (check_layout.gpus,)
+
+
+def verdict(migration: Migration) -> list[Problem]:
+    """What is wrong or odd with the recipe, errors first; the paths in it need not be there."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recipe.yaml"
+            path.write_text(recipe_text(migration), encoding="utf-8")
+            loaded = load([f"recipe={path}"])
+    except UserError as error:
+        return [Problem(one.what, one.where, one.fix) for one in error.each]
+    sources = {key: source if source in ("default", "derived") else "migrated" for key, source in loaded.sources.items()}
+    case = Case(loaded.recipe, sources)
+    checks = CHECKS[migration.verb]
+    plain = [one for one in checks if one.__module__ in OF_VALUES and one not in OF_THIS_MACHINE]
+    problems = keep_sound(case, [problem for one in plain for problem in one(case)], plain)
+    problems += [problem for one in checks if one in OF_VALUES_TOO for problem in one(case)]
+    return sorted(problems, key=lambda problem: problem.severity)
+
+
+def lines(migration: Migration) -> list[str]:
+    """The verdict as it is printed below the report."""
+    found = verdict(migration)
+    if not found:
+        return [f"checked    the values go together; files and this machine: yuan check recipe={migration.name}"]
+    errors = sum(problem.severity == "error" for problem in found)
+    said = f"it would not run: {errors} error{'s' * (errors > 1)}" if errors else "the values go together, and are odd in places"
+    return [f"checked    {said}", *(f"{problem.severity}: {problem.as_error()}" for problem in found)]
