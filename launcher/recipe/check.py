@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher.errors import raise_all
 from launcher.recipe import (
+    check_answering,
     check_answers,
     check_checkpoint,
     check_conversion,
@@ -58,6 +59,7 @@ _ANSWERING: tuple[Check, ...] = (
     check_layout.machines,
     check_layout.gpus,
     check_answers.checkpoint,
+    check_answering.memory,
 )
 CHECKS: dict[str, tuple[Check, ...]] = {
     "pretrain": (*_TRAINING, check_schedule.length, check_data.data, check_finetuning.in_vain),
