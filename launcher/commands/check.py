@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from launcher.errors import UserError
+from launcher.errors import UserError, wrapped
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import CHECKS
 from launcher.recipe.check import check as find_problems
@@ -52,15 +52,16 @@ def check(
         {"launch.nnodes": (nodes, "--nodes"), "launch.nproc_per_node": (gpus_per_node, "--gpus-per-node")}
         | {"launch.device": ("cuda" if nodes or gpus_per_node else None, "--nodes or --gpus-per-node")},
         default={"tokenizer": "preprocess", "preprocess": "preprocess", "generate": "generate"}.get(verb or ""),
+        checked=True,
     )
     verb = verb or verb_of(loaded)
-    problems = find_problems(loaded.recipe, loaded.sources, verb, accept_changes=accept_changes)
-    for problem in problems:
-        print(f"{problem.severity}: {problem.as_error()}")
-    errors = sum(problem.severity == "error" for problem in problems)
+    problems = find_problems(loaded.recipe, loaded.sources, verb, loaded.faults, accept_changes=accept_changes)
+    for severity, error in [("error", fault) for fault in loaded.faults] + [(one.severity, one.as_error()) for one in problems]:
+        print(f"{severity}: {wrapped(str(error), sys.stdout)}")
+    errors = len(loaded.faults) + sum(problem.severity == "error" for problem in problems)
     if errors:
-        if verb in ("pretrain", "sft") and reckonable(Case(loaded.recipe, loaded.sources)):
-            print("\n" + "\n".join(aligned(estimate(loaded.recipe))))  # what it takes is known without the data
+        if verb in ("pretrain", "sft") and not loaded.faults and (lines := takes(loaded)):
+            print("\n" + "\n".join(lines))
         print(f"\n{loaded.name} would not run: {errors} error{'s' * (errors > 1)}")
         sys.exit(2)
     print(("\n" if problems else "") + f"{loaded.name} would run" + ("" if verb == "pretrain" else f" with `yuan {verb}`"))
@@ -68,6 +69,15 @@ def check(
         print(f"  but this version of yuan can only check it: there is no verb {verb} yet")
     if verb in ("pretrain", "sft"):
         print("\n".join(summary(loaded) + [f"  {line}" for line in going_on(loaded.recipe)]))
+
+
+def takes(loaded: Loaded) -> list[str]:
+    """What the training takes, which is known without the data, or that it is not known without the tokenizer."""
+    if reckonable(Case(loaded.recipe, loaded.sources)):
+        return aligned(estimate(loaded.recipe))
+    if loaded.recipe.derived.vocab_size is None:
+        return aligned({"memory": "not known: the tokenizer is missing; with tokenizer.vocab_size=… it is"})
+    return []
 
 
 def summary(loaded: Loaded) -> list[str]:

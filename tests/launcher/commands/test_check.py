@@ -41,6 +41,14 @@ def check(tmp_path, monkeypatch):
     return run
 
 
+def test_the_estimate_needs_no_tokenizer_or_says_that_it_does(check):
+    code, text = check("recipe=345m_1dp")  # it states its vocabulary; no file of it is here
+    assert code == 2 and "GiB a process: weights 1.3, " in text
+    code, text = check("recipe=quickstart")
+    assert code == 2 and "\n  memory      not known: the tokenizer is missing; with tokenizer.vocab_size=… it is\n" in text
+    assert "GiB a process: " in check("recipe=quickstart", "tokenizer.vocab_size=4000")[1]
+
+
 def test_a_recipe_that_would_run(check):
     code, text = check("recipe=./tiny.yaml")
     assert code == 0
