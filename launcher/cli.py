@@ -13,7 +13,7 @@ import typer.core
 
 from data_tools.errors import DataError
 from launcher.completion import SHELL_ENV, answer
-from launcher.errors import UserError
+from launcher.errors import UserError, wrapped
 
 VERBS = {
     "recipes": "List, show and copy recipes; explain every key.",
@@ -134,7 +134,7 @@ def print_errors(error: UserError) -> None:
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     mark = "\033[1;31merror:\033[0m" if colour else "error:"
     for one in error.each:
-        print(f"{mark} {one}", file=sys.stderr)
+        print(wrapped(f"error: {one}", sys.stderr).replace("error:", mark, 1), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def check(
     verb = verb or verb_of(loaded)
     problems = find_problems(loaded.recipe, loaded.sources, verb, loaded.faults, accept_changes=accept_changes)
     for severity, error in [("error", fault) for fault in loaded.faults] + [(one.severity, one.as_error()) for one in problems]:
-        print(f"{severity}: {wrapped(str(error), sys.stdout)}")
+        print(wrapped(f"{severity}: {error}", sys.stdout))
     errors = len(loaded.faults) + sum(problem.severity == "error" for problem in problems)
     if errors:
         if verb in ("pretrain", "sft") and not loaded.faults and (lines := takes(loaded)):

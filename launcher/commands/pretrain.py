@@ -34,7 +34,7 @@ def pretrain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check; show the plan, the commands and the recipe; start nothing.")] = False,
 ) -> None:
     """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run."""
-    loaded = load(words or [])
+    loaded = load(words or [], checked=True)
     for warning in ensure(loaded, "pretrain", launching=not dry_run, accept_changes=accept_changes):
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
     keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))

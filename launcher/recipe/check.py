@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from launcher.errors import raise_all
+import re
+from collections.abc import Sequence
+
+from launcher.errors import UserError, raise_all
 from launcher.recipe import (
     check_answering,
     check_answers,
@@ -18,9 +21,10 @@ from launcher.recipe import (
     check_slurm,
     check_stages,
 )
+from launcher.recipe.keys import table
 from launcher.recipe.load import Loaded
 from launcher.recipe.offers import keep_sound
-from launcher.recipe.problem import Case, Check, Problem
+from launcher.recipe.problem import Case, Check, Problem, standing
 from launcher.recipe.schema import Recipe
 
 _TRAINING: tuple[Check, ...] = (
@@ -76,19 +80,33 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 _OF_THE_RECIPE = {module.__name__ for module in (check_model, check_layout, check_stages, check_schedule)}
 
 
-def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain", **options: bool) -> list[Problem]:
+# What the number of data-parallel ranks follows from, and what is judged by it.
+_LAYOUT = {check_layout.TP, check_layout.PP, "launch.nnodes", "launch.nproc_per_node"}
+_OF_LAYOUT = {"training.micro_batch_size", "training.global_batch_size", "training.rampup_batch_size"}
+
+
+def check(recipe: Recipe, sources: dict[str, str], verb: str = "pretrain", faults: Sequence[UserError] = (), **options: bool) -> list[Problem]:
     """Everything that is wrong or odd with a resolved recipe for `verb` (a key of CHECKS), errors first.
 
+    `faults` are those of `Loaded`: nothing is said of keys that they name, and there are no warnings beside them.
     `options` are those of `Case`: launching, accept_changes.
     """
     case = Case(recipe, sources, **options)
     by_itself = [one for one in CHECKS[verb] if one.__module__ in _OF_THE_RECIPE]
     found = [problem for one in by_itself for problem in one(case)]
-    wrong = {key for problem in found if problem.by_itself for key in problem.keys}
-    problems = keep_sound(case, [problem for problem in found if problem.by_itself or not problem.keys & wrong], by_itself)
-    others = [problem for one in CHECKS[verb] if one not in by_itself for problem in one(case)]
-    problems += [problem for problem in others if not problem.keys & wrong]
-    return sorted(problems, key=lambda problem: problem.severity)
+    wrong = _named(faults).union(*(problem.keys for problem in found if problem.by_itself))
+    wrong |= _OF_LAYOUT if wrong & _LAYOUT else set()
+    problems = keep_sound(case, standing(found, wrong), by_itself, wrong)
+    problems += standing([problem for one in CHECKS[verb] if one not in by_itself for problem in one(case)], wrong)
+    told = [problem for problem in problems if problem.severity == "error" or not faults]
+    return sorted(told, key=lambda problem: problem.severity)
+
+
+def _named(faults: Sequence[UserError]) -> set[str]:
+    """The keys that faults name, those that were meant included; of a group, all."""
+    words = {word for fault in faults for word in re.findall(r"[a-z]+(?:\.\w+)?", f"{fault.what} {fault.fix}")}
+    meant = {fault.fix.removeprefix("did you mean ").removesuffix("?") for fault in faults}
+    return {key for key in table() if key in words or key.split(".")[0] in meant}
 
 
 def ensure(loaded: Loaded, verb: str = "pretrain", launching: bool = True, accept_changes: bool = False) -> list[Problem]:
@@ -97,6 +115,7 @@ def ensure(loaded: Loaded, verb: str = "pretrain", launching: bool = True, accep
     Raises:
         UserError: the recipe has errors; all of them are in it.
     """
-    problems = check(loaded.recipe, loaded.sources, verb, launching=launching, accept_changes=accept_changes)
-    raise_all([problem.as_error() for problem in problems if problem.severity == "error"])
+    faults = loaded.faults
+    problems = check(loaded.recipe, loaded.sources, verb, faults, launching=launching, accept_changes=accept_changes)
+    raise_all([*faults, *(problem.as_error() for problem in problems if problem.severity == "error")])
     return problems

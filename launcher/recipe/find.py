@@ -49,15 +49,19 @@ def find(name: str, beside: Path | None = None) -> Path:
     for path in candidates:
         if path.is_file() and not (beside and path.samefile(beside)):
             return path
-    raise unknown_recipe(name, str(beside) if beside else f"recipe={name}")
+    raise unknown_recipe(name, str(beside) if beside else f"recipe={name}", beside)
 
 
-def unknown_recipe(name: str, where: str) -> UserError:
-    """The error for a recipe that is not there, with the nearest names."""
-    if name.endswith((".yaml", ".yml")):
-        return UserError(f"no recipe file {name}", where, "give the path of a .yaml file, or a name of `yuan recipes list`")
-    near = get_close_matches(name, available(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+def unknown_recipe(name: str, where: str, beside: Path | None = None) -> UserError:
+    """The error for a recipe that is not there, with the nearest names, `beside` itself not among them."""
+    is_file = name.endswith((".yaml", ".yml"))
+    stem = Path(name).stem if is_file else name
+    there = {key: path for key, path in available().items() if not (beside and path.samefile(beside))}
+    lower = {key.lower(): key for key in there}
+    near = [stem.lower()] if stem.lower() in lower else get_close_matches(stem.lower(), lower, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(lower[one] for one in near)}? " if near else ""
+    if is_file:
+        return UserError(f"no recipe file {name}", where, f"{hint}give the path of a .yaml file, or a name of `yuan recipes list`")
     return UserError(f"no recipe is named {name!r}", where, f"{hint}`yuan recipes list` shows them all")
 
 

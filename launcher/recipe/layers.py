@@ -6,6 +6,7 @@ Each becomes a list of `Given` in the order in which they apply; every fault is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ class Given:
     place: str
 
 
+class Unread(UserError):
+    """A recipe, or one that it builds on, could not be read: what it says is not known."""
+
+
 def from_recipe(path: Path, faults: list[UserError], chain: tuple[Path, ...] = ()) -> list[Given]:
     """The values of the recipe at `path`, its bases' first; later ones override earlier ones."""
     if path.resolve() in chain:
         names = " → ".join(label(one) for one in (*chain, path))
-        faults.append(UserError(f"recipes build on each other in a circle: {names}", label(path), "remove one `base:`"))
+        faults.append(Unread(f"recipes build on each other in a circle: {names}", label(path), "remove one `base:`"))
         return []
     lines: dict[str, int] = {}
     content = _read(path, lines, faults)
@@ -40,7 +45,7 @@ def from_recipe(path: Path, faults: list[UserError], chain: tuple[Path, ...] = (
         try:
             found = find(base, beside=path)
         except UserError as error:
-            faults.append(UserError(error.what, f"{label(path)}:{lines.get('base', 1)}", error.fix))
+            faults.append(Unread(error.what, f"{label(path)}:{lines.get('base', 1)}", error.fix))
             continue
         given += from_recipe(found, faults, (*chain, path.resolve()))
     for key, value in _flatten(content):
@@ -54,7 +59,7 @@ def _bases(base: Any, path: Path, lines: dict[str, int], faults: list[UserError]
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         fix = "write a recipe's name, or a list of names; quote a name made of digits"
-        faults.append(UserError(f"base: {wrong[0]!r} is no recipe's name", f"{label(path)}:{lines.get('base', 1)}", fix))
+        faults.append(Unread(f"base: {wrong[0]!r} is no recipe's name", f"{label(path)}:{lines.get('base', 1)}", fix))
     return [name for name in names if isinstance(name, str)]
 
 
@@ -66,29 +71,30 @@ def _read(path: Path, lines: dict[str, int], faults: list[UserError]) -> dict[st
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(
+            raise Unread(
                 "a recipe is made of groups of keys", f"{label(path)}:1", "write `training:` and below it `  seq_length: 1024`"
             )
         if _walk(node, "", lines, path, faults):
-            return {}
+            text = yaml.serialize(node, Dumper=yaml.SafeDumper)
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         faults.append(
-            UserError(
+            Unread(
                 f"not YAML: {error.problem or error.context}", f"{label(path)}:{line}", "mind indentation, quotes and brackets"
             )
         )
-    except UserError as error:
+    except Unread as error:
         faults.append(error)
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        faults.append(UserError(f"this recipe cannot be read: {error}", label(path)))
+        faults.append(Unread(f"this recipe cannot be read: {error}", label(path)))
     return {}
 
 
 def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], path: Path, faults: list[UserError]) -> bool:
-    """Note each key's line; True where a key stands twice, which YAML's reader would take silently or refuse alone."""
-    twice = False
+    """Note each key's line; True where a key stands twice, which YAML's reader would take silently or refuse alone: then
+    the last of them stays in the node."""
+    twice, pairs = False, {}
     for key_node, value_node in node.value:
         key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
         if key in lines:
@@ -96,8 +102,10 @@ def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], path: Path
             faults.append(UserError(what, f"{label(path)}:{line}", "keep one of them"))
             twice = True
         lines[key] = line
+        pairs[key] = (key_node, value_node)
         if isinstance(value_node, yaml.MappingNode) and not prefix:
             twice |= _walk(value_node, f"{key}.", lines, path, faults)
+    node.value = list(pairs.values())
     return twice
 
 
@@ -112,11 +120,16 @@ def _flatten(content: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def from_words(words: list[str], faults: list[UserError]) -> tuple[list[Given], list[str]]:
-    """The values of `key=value` words, and the names of `recipe=NAME` words."""
-    given, recipes = [], []
+    """The values of `key=value` words, and the names of `recipe=NAME` words; where none is named, the first name that was
+    meant to be one."""
+    given, recipes, meant = [], [], []
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or not key:
+        if name := _meant_recipe(word):
+            meant.append(name)
+            what = f"unknown key {key}" if equals else f"{word!r} is not key=value"
+            faults.append(UserError(what, "command line", f"did you mean recipe={name}?"))
+        elif not equals or not key:
             fix = "write key=value, such as training.train_iters=100, or recipe=NAME"
             faults.append(UserError(f"{word!r} is not key=value", "command line", fix))
         elif key == "recipe":
@@ -129,7 +142,20 @@ def from_words(words: list[str], faults: list[UserError]) -> tuple[list[Given], 
                 faults.append(UserError(f"the value of {key} cannot be read: {text}", "command line", fix))
                 continue
             given.append(Given(key, _as_typed(key, text, value), "command line", "command line"))
-    return given, recipes
+    return given, recipes or meant[:1]
+
+
+def _meant_recipe(word: str) -> str | None:
+    """The recipe that a word seems to mean: `345m`, `recipes/345m.yaml`, `recpie=345m`."""
+    key, equals, text = word.partition("=")
+    if equals:
+        typo = key != "recipe" and "." not in key and key not in groups() and get_close_matches(key.lower(), ["recipe"], cutoff=0.7)
+        return text if typo else None
+    try:
+        find(word)
+    except UserError:
+        return None
+    return word
 
 
 def _as_typed(key: str, text: str, value: Any) -> Any:

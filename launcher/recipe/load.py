@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from math import ceil, floor, isfinite
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.errors import UserError, raise_all
 from launcher.recipe.device import on_gpu, resolve_device
 from launcher.recipe.find import find
-from launcher.recipe.keys import Key, suggest, table
-from launcher.recipe.layers import Given, from_recipe, from_words
+from launcher.recipe.keys import Key, groups, suggest, table, yaml_scalar
+from launcher.recipe.layers import Given, Unread, from_recipe, from_words
 from launcher.recipe.resolve import resolve
 from launcher.recipe.schema import Recipe
 
@@ -35,20 +38,26 @@ class Loaded:
         sources: for every dotted key, where its value came from: a recipe's file, `command line`, an option
             such as `--input`, `derived` or `default`.
         name: the recipe's name, without folder and suffix.
+        faults: what is wrong with single keys; others' values, or defaults, stand for theirs. Empty unless asked for.
     """
 
     recipe: Recipe
     sources: dict[str, str]
     name: str
+    faults: tuple[UserError, ...] = ()
 
 
-def load(words: list[str], options: dict[str, tuple[object, str]] | None = None, default: str | None = None) -> Loaded:
+def load(
+    words: list[str], options: dict[str, tuple[object, str]] | None = None, default: str | None = None, checked: bool = False
+) -> Loaded:
     """Compose a recipe.
 
     Args:
         words: `recipe=NAME` and `key=value` as typed on the command line; the last of a key wins.
         options: dotted key → (value, flag), from a verb's own options; they override everything, None is skipped.
         default: the recipe to take where the words name none.
+        checked: the caller goes on to `check` or `ensure`: faults of single keys are left in `Loaded.faults`, to be told
+            together with those that the rules find.
 
     Raises:
         UserError: with every fault at once: unknown recipes and keys, wrong types, keys given twice.
@@ -61,23 +70,29 @@ def load(words: list[str], options: dict[str, tuple[object, str]] | None = None,
                 f"two recipes are named: {' and '.join(names)}", "command line", "name one; a recipe's `base:` joins several"
             )
         )
-    name = names[-1] if names else default
-    if name is None:
-        raise UserError("no recipe is named", "command line", "add recipe=NAME; `yuan recipes list` shows them all")
-    given: list[Given] = []
-    try:
-        path = find(name)
-        given = from_recipe(path, faults)
-    except UserError as error:
-        faults.append(error)
+    path, given = _named(names[-1] if names else default, faults)
     given += words_given
     given += [Given(key, value, flag, flag) for key, (value, flag) in (options or {}).items() if value is not None]
 
     config, sources = _apply(given, faults)
     recipe = _typed(config, sources, faults)
-    raise_all(faults)
+    if not checked or any(isinstance(fault, Unread) for fault in faults):
+        raise_all(faults)
     resolve(recipe, sources, path.stem)
-    return Loaded(recipe, sources, path.stem)
+    return Loaded(recipe, sources, path.stem, tuple(faults))
+
+
+def _named(name: str | None, faults: list[UserError]) -> tuple[Path, list[Given]]:
+    """The file of the recipe and what it gives."""
+    if name is None:
+        faults.append(Unread("no recipe is named", "command line", "add recipe=NAME; `yuan recipes list` shows them all"))
+        return Path(), []
+    try:
+        path = find(name)
+    except UserError as error:
+        faults.append(Unread(error.what, error.where, error.fix))
+        return Path(), []
+    return path, from_recipe(path, faults)
 
 
 def _apply(given: list[Given], faults: list[UserError]) -> tuple[DictConfig, dict[str, str]]:
@@ -112,15 +127,35 @@ def _displaced(one: Given, sources: dict[str, str]) -> list[str]:
 
 
 def _unknown(one: Given) -> UserError:
-    if "." not in one.key and any(key.startswith(f"{one.key}.") for key in table()):
+    if one.key in groups():
         fix = f"give its keys, such as {next(key for key in table() if key.startswith(one.key + '.'))}=…"
         return UserError(f"{one.key} is a group of keys, not a value", one.place, fix)
+    near = get_close_matches(one.key, groups(), n=1) if "." not in one.key else []
+    if near and isinstance(one.value, dict):
+        return UserError(f"unknown group {one.key}", one.place, f"did you mean {near[0]}?")
     return UserError(f"unknown key {one.key}", one.place, suggest(one.key))
 
 
 def _wrong_type(key: Key, value: Any, place: str) -> UserError:
     shown = "null" if value is None else repr(value)
-    return UserError(f"{key.name} must be {key.expected}, not {shown}", place, key.doc)
+    return UserError(f"{key.name} must be {key.expected}, not {shown}", place, _right_type(key, value))
+
+
+def _right_type(key: Key, value: Any) -> str:
+    """What to write instead: the nearest choice, or a value of the type."""
+    if value is None:
+        return f"leave it out for the default, {yaml_scalar(key.default)}"
+    if get_origin(key.type) is Literal:
+        choices = {str(choice).lower(): choice for choice in get_args(key.type)}
+        typed = str(value).lower()
+        near = [one for one in choices if one.startswith(typed)][:1] or get_close_matches(typed, choices, n=1)
+        return f"did you mean {key.name}={choices[near[0]]}?" if near else f"take one of {', '.join(choices.values())}"
+    if key.type is int and isinstance(value, float) and isfinite(value):
+        return f"{key.name}={floor(value)} or {ceil(value)}"
+    if get_origin(key.type) is list:
+        return f"such as {key.name}=[{'1,2,3' if get_args(key.type)[0] in (int, float) else 'a,b'}]"
+    shapes = {int: "digits alone, such as {}=8", float: "digits alone, such as {}=0.1 or {}=1e-4", bool: "{}=true or false", str: "one text, such as {}=text"}
+    return shapes.get(key.type, "see `yuan recipes keys`").replace("{}", key.name)
 
 
 def _whole(key: Key, value: Any) -> Any:

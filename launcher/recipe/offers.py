@@ -15,7 +15,7 @@ from itertools import islice
 
 import yaml
 
-from launcher.recipe.problem import Case, Check, Problem
+from launcher.recipe.problem import Case, Check, Problem, standing
 from launcher.recipe.resolve import resolve
 from launcher.recipe.schema import Tokenizer
 
@@ -27,20 +27,21 @@ _PAIRS = 150  # trials of two changes, of 1 ms each: an answer should not be wai
 Change = dict[str, str]
 
 
-def keep_sound(case: Case, problems: Sequence[Problem], checks: Sequence[Check]) -> list[Problem]:
-    """`problems`, which `checks` found in `case`, with fixes that help.
+def keep_sound(case: Case, problems: Sequence[Problem], checks: Sequence[Check], wrong: set[str]) -> list[Problem]:
+    """`problems`, which `checks` found in `case`, with fixes that help. What is said of `wrong` keys does not count.
 
     A change helps that mends its problem and makes no new one. Where none is found the fix says so, and names the keys.
     """
     known = {problem.what for problem in problems if problem.severity == "error"}
-    return [_Search(case, problem, known, checks).mended() if problem.severity == "error" else problem for problem in problems]
+    return [_Search(case, problem, known, checks, wrong).mended() if problem.severity == "error" else problem for problem in problems]
 
 
 class _Search:
     """For changes that mend one problem of a case and make no other."""
 
-    def __init__(self, case: Case, problem: Problem, known: set[str], checks: Sequence[Check]):
-        self.case, self.problem, self.known, self.checks = case, problem, known, checks
+    def __init__(self, case: Case, problem: Problem, known: set[str], checks: Sequence[Check], wrong: set[str]):
+        self.case, self.problem, self.known = case, problem, known
+        self.checks, self.wrong = checks, wrong
         self.tried: dict[str, list[Problem]] = {}
 
     def mended(self) -> Problem:
@@ -60,7 +61,7 @@ class _Search:
     def errors(self, change: Change) -> list[Problem]:
         written = _written(change)
         if written not in self.tried:
-            self.tried[written] = list(_errors(self.case, change, self.checks))
+            self.tried[written] = standing(_errors(self.case, change, self.checks), self.wrong - change.keys())
         return self.tried[written]
 
     def _sound(self, part: list[re.Match[str]]) -> str:

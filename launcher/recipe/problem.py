@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
@@ -35,6 +35,11 @@ class Problem:
     def as_error(self) -> UserError:
         """The same, to be raised."""
         return UserError(self.what, self.where, self.fix)
+
+
+def standing(problems: Iterable[Problem], wrong: set[str]) -> list[Problem]:
+    """The problems that do not follow from keys that are `wrong` by themselves."""
+    return [problem for problem in problems if problem.by_itself or not problem.keys & wrong]
 
 
 @dataclass(frozen=True)

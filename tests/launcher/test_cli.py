@@ -1,5 +1,6 @@
 """The frame: help, mistakes, exit codes, and what is not imported."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from launcher.cli import VERBS
+from launcher.errors import UserError, wrapped
 
 YUAN = [sys.executable, "-m", "launcher.cli"]
 
@@ -68,7 +70,7 @@ def test_a_wrong_verb_gets_a_suggestion(tmp_path):
 
 
 def test_mistakes_are_plain_lines_and_exit_code_2(tmp_path):
-    run = yuan("check", "recipe=345m_1dp", "training.train_itres=1", "seed=2", cwd=tmp_path)
+    run = yuan("recipes", "show", "345m_1dp", "training.train_itres=1", "seed=2", cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.splitlines() == [
         "error: unknown key training.train_itres",
@@ -78,6 +80,20 @@ def test_mistakes_are_plain_lines_and_exit_code_2(tmp_path):
         "  where: command line",
         "  fix:   did you mean training.seed or generate.seed?",
     ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal of one's own is POSIX's")
+@pytest.mark.parametrize(("columns", "widest"), [(100, 100), (20, 60)])
+def test_a_mistake_is_wrapped_at_a_terminal_and_nowhere_else(monkeypatch, columns, widest):
+    """At 60 columns at least; not a word is lost, and no word is broken, so that it can be copied."""
+    text = str(UserError("a fault " * 20, "recipes/a.yaml", "change " * 20 + "optimizer.lr_decay_style=cosine-and-more"))
+    main, side = os.openpty()
+    with os.fdopen(side, "w") as terminal, os.fdopen(main, "rb"):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown = wrapped(text, terminal)
+    assert widest - 20 < max(map(len, shown.splitlines())) <= widest
+    assert shown.split() == text.split()
+    assert wrapped(text, io.StringIO()) == text
 
 
 RAISING = """

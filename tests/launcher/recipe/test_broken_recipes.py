@@ -79,7 +79,7 @@ BROKEN = {
     "launch.nnodes=2 launch.nproc_per_node=1 parallel.tensor_model_parallel_size=4 launch.rdzv_endpoint=a:1": "2 processes cannot be shared out over TP 4",
     # the rule's own neighbours fail other rules: further values, or two at once, are offered
     TP4 + "model.num_attention_heads=6 model.hidden_size=252 model.num_query_groups=6": "model.num_attention_heads 6 cannot be cut; size=2",
-    "launch.nnodes=3 launch.nproc_per_node=2 launch.rdzv_endpoint=a:1 training.global_batch_size=12 parallel.tensor_model_parallel_size=4": "launch.nnodes=2 or 4",
+    "launch.nnodes=3 launch.nproc_per_node=2 launch.rdzv_endpoint=a:1 training.global_batch_size=16 parallel.tensor_model_parallel_size=4": "launch.nnodes=2 or 4",
     "launch.nproc_per_node=6 training.global_batch_size=16 parallel.tensor_model_parallel_size=3 model.hidden_size=256 model.num_attention_heads=8": "size=4, and launch.nproc_per_node=4",
     "launch.nproc_per_node=4 training.train_samples=800 training.global_batch_size=16 training.rampup_batch_size=[8,5,50]": "training.rampup_batch_size=[8,8,50]",
     "launch.nproc_per_node=8 parallel.tensor_model_parallel_size=8 model.num_attention_heads=12 model.hidden_size=768": "_parallel_size=4",
@@ -223,7 +223,9 @@ def test_each_fault_is_named_and_what_is_offered_instead_passes(yuan_check, type
     errors = errors_of(text)
     for error in errors:
         for change in offered(error):
-            left = set(map(what, errors_of(yuan_check(f"{typed} {change}")[1])))
+            keys = [word.partition("=")[0] for word in change.split()]
+            others = [word for word in typed.split() if word.partition("=")[0] not in keys]
+            left = set(map(what, errors_of(yuan_check(" ".join([*others, change]))[1])))
             assert left <= set(map(what, errors)) - {what(error)}, (change, left)
 
 
@@ -253,6 +255,33 @@ def offered(error: str) -> list[str]:
 def test_what_follows_from_a_fault_is_not_told_beside_it(yuan_check, typed):
     _, text = yuan_check(typed)
     assert len(errors_of(text)) == 1 and "warning" not in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("training.precision=fp8 training.micro_batch_size=0", ["training.precision must be", "training.micro_batch_size must be"]),
+        ("model.num_layer=6 training.global_batch_size=7", ["unknown key model.num_layer", "global_batch_size 7 is no multiple"]),
+        ("training.train_itres=6 training.train_iters=null", ["unknown key training.train_itres"]),
+        ("parallel.tensor_model_parallel_size=two launch.nproc_per_node=8 model.num_query_groups=3", ["parallel.tensor", "4 heads cannot"]),
+        ("optimizer.lr=fast data.data_path=gone", ["optimizer.lr must be", "no such file: gone.bin"]),
+        ("optimizer.lr=-1 training.global_batch_size=7", ["optimizer.lr must be above 0", "global_batch_size 7 is no multiple"]),
+    ],
+)
+def test_faults_of_keys_and_of_rules_are_told_together_and_what_may_follow_from_them_is_not(yuan_check, typed, told):
+    code, text = yuan_check(typed)
+    assert code == 2
+    errors = sorted(map(what, errors_of(text)))
+    assert len(errors) == len(told) and all(any(f"error: {one}" in error for error in errors) for one in told), errors
+    assert f"would not run: {len(told)} error" in text
+
+
+def test_a_launch_tells_faults_of_keys_and_of_rules_together(yuan_check, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "yuan pretrain recipe=base training.precision=fp8 training.micro_batch_size=0".split())
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert len(errors_of(capsys.readouterr().err)) == 2
 
 
 @settings(deadline=None, max_examples=200)

@@ -83,7 +83,7 @@ def test_all_faults_at_once_each_with_its_place(write_recipe):
     assert {(fault.what, fault.where) for fault in found} == {
         ("unknown key training.train_itres", "./recipes/a.yaml:3"),
         ("training.seq_length must be a whole number or null, not 'long'", "./recipes/a.yaml:4"),
-        ("unknown key modle", "./recipes/a.yaml:5"),
+        ("unknown group modle", "./recipes/a.yaml:5"),
         ("derived.device cannot be given", "./recipes/a.yaml:7"),
         ("optimizer.lr must be a number or null, not 'fast'", "command line"),
         ("unknown key lr", "command line"),
@@ -103,6 +103,62 @@ def test_a_key_given_twice_is_refused_with_both_lines(write_recipe):
     (fault,) = faults("recipe=a")
     assert fault.what == "training.seed is given twice, on lines 2 and 4"
     assert fault.where == "./recipes/a.yaml:4"
+
+
+def test_a_key_given_twice_hides_nothing_of_its_file(write_recipe):
+    write_recipe("a", "base: gone\ntraining:\n  seed: 1\n  sed: 4\n  seed: 2\noptimizer: {lr: fast}\n")
+    assert [fault.what for fault in faults("recipe=a")] == [
+        "training.seed is given twice, on lines 3 and 5",
+        "no recipe is named 'gone'",
+        "unknown key training.sed",
+        "optimizer.lr must be a number or null, not 'fast'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("optimizer.lr_decay_style=cos", "did you mean optimizer.lr_decay_style=cosine?"),
+        ("training.precision=BF16", "did you mean training.precision=bf16?"),
+        ("training.precision=int4", "take one of fp32, bf16, fp16"),
+        ("training.seed=1.5", "training.seed=1 or 2"),
+        ("training.seed=null", "leave it out for the default, 1234"),
+        ("training.seed=some", "digits alone, such as training.seed=8"),
+        ("model.swiglu=perhaps", "model.swiglu=true or false"),
+        ("training.rampup_batch_size=8", "such as training.rampup_batch_size=[1,2,3]"),
+    ],
+)
+def test_a_wrong_type_is_told_with_a_right_value(write_recipe, word, fix):
+    write_recipe("empty", "")
+    (fault,) = faults("recipe=empty", word)
+    assert fault.fix == fix
+
+
+@pytest.mark.parametrize("word", ["ok", "recpie=ok", "recipes=ok", "Recipe=ok", "recipes/ok.yaml"])
+def test_a_recipe_that_was_meant_is_named_and_its_other_faults_with_it(write_recipe, word):
+    write_recipe("ok", "training: {sed: 2}\n")
+    name = word.rpartition("=")[2]
+    first, *others = faults(word, "training.train_itres=1")
+    assert first.fix == f"did you mean recipe={name}?"
+    assert [fault.what for fault in others] == ["unknown key training.sed", "unknown key training.train_itres"]
+
+
+def test_without_a_recipe_the_words_are_looked_at_all_the_same():
+    assert [fault.what for fault in faults("training.sed=1")] == ["no recipe is named", "unknown key training.sed"]
+
+
+@pytest.mark.parametrize(("name", "near"), [("OK", "ok"), ("ok.yaml", "ok"), ("OKK", "ok"), ("Ok.yml", "ok"), ("big", "BIG")])
+def test_recipes_of_nearly_that_name_are_named(write_recipe, name, near):
+    write_recipe("ok", "")
+    write_recipe("BIG", "")
+    (fault,) = faults(f"recipe={name}")
+    assert fault.fix.startswith(f"did you mean {near}? ")
+
+
+def test_a_base_that_is_not_there_is_not_the_recipe_itself(write_recipe):
+    write_recipe("mine", "base: minee\n")
+    (fault,) = faults("recipe=mine")
+    assert "mine?" not in fault.fix
 
 
 @pytest.mark.parametrize(
