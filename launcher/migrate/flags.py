@@ -96,49 +96,62 @@ VALUES = {  # other programs' values of a flag, with the recipe's
     "--tokenizer-type": {"GPTSentencePieceTokenizer": "SentencePieceTokenizer", "Llama2Tokenizer": "SentencePieceTokenizer"},
 }
 
-_FUSIONS = "yuan chooses its kernels by itself; the results are the same"
+_FUSIONS = "yuan chooses its kernels by itself; the results are the same but for rounding"
+_MEMORY = "memory and garbage collection are left to torch and Python; the results are the same"
 _LOGGING = "a run folder always has metrics.jsonl and TensorBoard's scalars"
-_LOADER = "yuan's data loader has no such switch; the samples are the same"
-_CHECKPOINTS = "a checkpoint of yuan is whole or absent, and its format is found out by itself"
+_NOT_LOGGED = "it changes no result; yuan records no such figure"
+_DATASETS = "it only tunes how data are read; the samples are the same"
+_PREPROCESSING = "yuan preprocess shares out its work by itself; the token ids are the same"
+_SAVING = "it only tunes how checkpoints are written; what they hold is the same"
+_LOADING = "yuan finds a checkpoint's format out by itself, and refuses one that is not there or does not fit"
 _COMMUNICATION = "it only tunes communication; the results are the same"
 _ENGINE = "yuan has one engine, megatron-core's models"
 _DEBUGGING = "it is for debugging and profiling"
 # Flags without bearing on the result: why they are left out. A name that ends in * is the beginning of many.
 WITHOUT_BEARING = {
-    _FUSIONS: """--use-flash-attn --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion
-        --no-bias-dropout-fusion
+    _FUSIONS: """--use-flash-attn --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
         --no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm --cross-entropy-loss-fusion
         --cross-entropy-fusion-impl --attention-backend --use-te-activation-func --fused-rmsnorm --no-query-key-layer-scaling
-        --no-apply-query-key-layer-scaling --use-fused-weighted-squared-relu --flash-decode --enable-cuda-graph --cuda-graph-*
-        --external-cuda-graph --no-async-tensor-model-parallel-allreduce --te-rng-tracker --inference-rng-tracker
-        --manual-gc --manual-gc-interval --no-manual-gc-eval --empty-unused-memory-level --apply-query-key-layer-scaling""",
-    _LOGGING: """--tensorboard-dir --tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard
-        --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard
-        --log-world-size-to-tensorboard --no-log-loss-scale-to-tensorboard --log-loss-scale-to-tensorboard
-        --log-learning-rate-to-tensorboard --log-params-norm --log-num-zeros-in-grad --log-throughput --log-progress --log-energy
-        --timing-log-level --timing-log-option --logging-level --wandb-* --log-straggler --no-one-logger --one-logger-*
-        --app-tag-run-* --no-barrier-with-level-1-timing --config-logger-dir --log-interval-of-preprocessing""",
-    _LOADER: """--dataloader-type --no-mmap-bin-files --no-create-attention-mask-in-dataloader --num-dataset-builder-threads
-        --mid-level-dataset-surplus --data-impl --dataset-impl --mmap-warmup --chunk-size --partitions
-        --keep-sequential-samples --lang""",
-    _CHECKPOINTS: """--async-save --use-persistent-ckpt-worker --auto-detect-ckpt-format --ckpt-fully-parallel-save
-        --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load --ckpt-assume-constant-structure --dist-ckpt-strictness
-        --exit-on-missing-checkpoint --no-initialization --dist-ckpt-* --distrib-optim-fully-reshardable-mem-efficient
-        --process-checkpoint --exit-signal-handler --save-retain-interval""",
+        --no-apply-query-key-layer-scaling --apply-query-key-layer-scaling --use-fused-weighted-squared-relu --flash-decode
+        --enable-cuda-graph --cuda-graph-* --external-cuda-graph""",
+    "on GPUs GELU with a bias is fused, by the formula with tanh, as Megatron-LM's default is: within 0.0005 of the exact one":
+        "--no-bias-gelu-fusion",
+    "dropout draws from generators of megatron-core's own": "--te-rng-tracker --inference-rng-tracker",
+    _MEMORY: "--manual-gc --manual-gc-interval --no-manual-gc-eval --empty-unused-memory-level",
+    _LOGGING: """--tensorboard-dir --tensorboard-log-interval --tensorboard-queue-size --log-validation-ppl-to-tensorboard
+        --no-log-loss-scale-to-tensorboard --log-loss-scale-to-tensorboard --log-batch-size-to-tensorboard
+        --log-learning-rate-to-tensorboard --log-throughput --log-progress""",
+    _NOT_LOGGED: """--log-timers-to-tensorboard --log-memory-to-tensorboard --log-memory-interval --log-world-size-to-tensorboard
+        --log-params-norm --log-num-zeros-in-grad --log-energy --log-max-attention-logit --timing-log-level --timing-log-option
+        --logging-level --wandb-* --log-straggler --no-one-logger --one-logger-* --app-tag-run-* --no-barrier-with-level-1-timing
+        --config-logger-dir""",
+    _DATASETS: """--no-mmap-bin-files --no-create-attention-mask-in-dataloader --num-dataset-builder-threads
+        --mid-level-dataset-surplus --mmap-warmup""",
+    "there is one format of .bin and .idx": "--data-impl --dataset-impl",
+    _PREPROCESSING: "--chunk-size --partitions --keep-sequential-samples",
+    "it is the language of --split-sentences": "--lang",
+    _SAVING: """--async-save --use-persistent-ckpt-worker --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save
+        --ckpt-fully-parallel-load --ckpt-assume-constant-structure --dist-ckpt-*
+        --distrib-optim-fully-reshardable-mem-efficient --process-checkpoint""",
+    _LOADING: "--auto-detect-ckpt-format --dist-ckpt-strictness --exit-on-missing-checkpoint",
+    "weights that are loaded take the place of the first ones in any case": "--no-initialization",
+    "a run of yuan saves and ends on SIGTERM and Ctrl-C by itself": "--exit-signal-handler",
     _COMMUNICATION: """--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --no-align-grad-reduce
         --no-align-param-gather --ddp-* --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p --use-nccl-ub --use-sharp
         --sharp-enabled-group --tp-comm-* --disable-tp-comm-* --distributed-backend --distributed-timeout-seconds-after-init
         --nccl-communicator-config-path --use-tp-pp-dp-mapping --high-priority-stream-groups --defer-embedding-wgrad-compute
         --wgrad-deferral-limit --overlap-param-gather-with-optimizer-step --microbatch-group-size-per-virtual-pipeline-stage
         --disable-gloo-process-groups --pipeline-model-parallel-comm-backend --local-rank --local_rank --standalone
-        --accumulate-allreduce-grads-in-fp32 --distribute-saved-activations --no-contiguous-buffers-in-local-ddp""",
-    _ENGINE: """--use-mcore-models --transformer-impl --use-legacy-models --spec --DDP-impl --use-cpu-initialization
-        --lazy-mpu-init --no-legacy-tokenizer --legacy-tokenizer --num-workers-of-preprocessing --trust-remote-code""",
+        --no-contiguous-buffers-in-local-ddp --no-async-tensor-model-parallel-allreduce""",
+    _ENGINE: "--use-mcore-models --transformer-impl --use-legacy-models --DDP-impl --lazy-mpu-init",
+    "weights start as random either way, from the same distribution": "--use-cpu-initialization",
+    "tokenizers are those of today": "--no-legacy-tokenizer",
+    "yuan runs no code that comes with a tokenizer or model": "--trust-remote-code",
+    "a run of yuan stops at a loss or gradient that is not finite, and saves nothing of that step": "--check-for-nan-in-loss-and-grad",
     _DEBUGGING: """--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler
-        --record-memory-history --memory-snapshot-path --deterministic-mode --check-weight-hash-across-dp-replicas-interval
-        --rerun-mode --error-injection-* --no-check-for-nan-in-loss-and-grad --check-for-nan-in-loss-and-grad
-        --check-for-spiky-loss --check-for-large-grads --train-sync-interval --run-workload-inspector-server
-        --disable-straggler-on-startup --straggler-*""",
+        --record-memory-history --memory-snapshot-path --check-weight-hash-across-dp-replicas-interval
+        --rerun-mode --error-injection-* --check-for-spiky-loss --check-for-large-grads --train-sync-interval
+        --run-workload-inspector-server --disable-straggler-on-startup --straggler-*""",
     "the new run's own schedule counts": "--override-opt_param-scheduler",
     "answers are counted in tokens; yuan has no such limit": "--max-tokens-to-oom --inference-batch-times-seqlen-threshold",
     "yuan's server needs no switch for it": "--inference-server",
@@ -146,6 +159,13 @@ WITHOUT_BEARING = {
 }  # fmt: skip
 # Flags that change the result and have no key: what the migrated recipe does instead.
 WITHOUT_KEY = {
+    "--dataloader-type": "each sample is read once, in the order of the shuffled index; cyclic shuffles anew in every epoch",
+    "--save-retain-interval": "all checkpoints are kept; to keep the newest alone: checkpoint.keep_last=N",
+    "--distribute-saved-activations": "what recomputation starts from is held whole by every tensor-parallel rank: more memory",
+    "--deterministic-mode": "kernels on GPUs are not restricted to those that repeat to the last bit",
+    "--no-check-for-nan-in-loss-and-grad": "a run of yuan stops at a loss or gradient that is not finite",
+    "--spec": "the layers are those of megatron-core's GPT: no specification of one's own is read",
+    "--legacy-tokenizer": "tokenizers are those of today: SentencePieceTokenizer adds no ids of its own to the file's",
     "--context-parallel-size": "context parallelism is missing: each rank holds whole sequences, and needs the memory",
     "--cp-comm-type": "context parallelism is missing",
     "--num-experts": "mixtures of experts are missing: the recipe describes a dense model",
@@ -155,8 +175,8 @@ WITHOUT_KEY = {
     "--mtp-*": "multi-token prediction is missing",
     "--fim-rate": "fill-in-the-middle is missing: documents are trained on as they are",
     "--fim-spm-rate": "fill-in-the-middle is missing",
-    "--fp8-*": "FP8 is missing: the recipe trains in bf16",
-    "--fp4-*": "FP4 is missing: the recipe trains in bf16",
+    "--fp8-*": "FP8 is missing: the recipe trains in training.precision",
+    "--fp4-*": "FP4 is missing: the recipe trains in training.precision",
     "--mock-data": "there are no made-up data: give data.data_path",
     "--data-args-path": "write the file's words into data.data_path",
     "--per-split-data-args-path": "write the file's lists into data.train_data_path and its kin",
@@ -164,7 +184,7 @@ WITHOUT_KEY = {
     "--use-checkpoint-args": "the shapes have to be in the recipe: check them against the checkpoint's",
     "--use-checkpoint-opt_param-scheduler": "on resuming the recipe's schedule counts, not the checkpoint's",
     "--pretrained-checkpoint": "it is what checkpoint.load with checkpoint.finetune=true does",
-    "--no-save-optim": "checkpoints hold the optimizer's state, three quarters of their size",
+    "--no-save-optim": "checkpoints hold the optimizer's state, two thirds of their size and more",
     "--no-save-rng": "checkpoints hold the random state",
     "--decoupled-lr": "input and output layer learn at the rate of the others",
     "--embedding-init-method-std": "the embedding starts with model.init_method_std",
@@ -174,7 +194,7 @@ WITHOUT_KEY = {
     "--rotary-seq-len-interpolation-factor": "RoPE is not scaled",
     "--squared-relu": "the activation is GELU or SwiGLU",
     "--quick-geglu": "the activation is GELU or SwiGLU",
-    "--openai-gelu": "the activation is the exact GELU",
+    "--openai-gelu": "the activation is GELU as Megatron-LM has it by default",
     "--apply-layernorm-1p": "norms are not centred around one",
     "--qk-layernorm": "queries and keys are not normalized",
     "--window-size": "attention sees the whole sequence",
@@ -218,6 +238,9 @@ HARMLESS_VALUES = {
     "--fim-rate": "0",
     "--num-experts": "0",
     "--optimizer": "adam",
+    "--dataloader-type": "single",
+    "--spec": "local",
+    "--recompute-modules": "core_attn",
 }
 
 

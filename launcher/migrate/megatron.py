@@ -22,7 +22,7 @@ USES = {"pretrain": ("",), "sft": ("",), "serve": OF_SERVING, "preprocess": ("to
 SPECIAL = {
     "--group-query-attention", "--num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-method",
     "--pipeline-model-parallel-blocks", "--flash-attn-drop", "--no-position-embedding", "--no-embedding-dropout",
-    "--sft-stage", "--train-reset",
+    "--sft-stage", "--train-reset", "--accumulate-allreduce-grads-in-fp32",
 }  # fmt: skip
 YUAN_SERVERS = {  # layers, hidden size, heads, positions, tensor ranks, TOP_K
     "2.1B": (24, 2048, 32, 8192, 1, 5), "51B": (42, 8192, 64, 4096, 4, 1), "102B": (84, 8192, 64, 4096, 8, 1),
@@ -105,7 +105,10 @@ def read_flags(call: Call, verb: str) -> list[Line]:
             faults.append(UserError(error.what, call.place, error.fix))
     raise_all(faults)
     for rule in RULES:
-        rule(lines, verb)
+        try:
+            rule(lines, verb)
+        except UserError as error:
+            raise UserError(error.what, call.place, error.fix) from None
     uses = USES[verb]
     for line in lines:
         useless = [key for key in line.became if not key.startswith(uses)]

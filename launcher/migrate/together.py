@@ -8,6 +8,8 @@ from launcher.errors import UserError
 from launcher.migrate.result import Line
 
 YUAN_VOCABULARY = {"tokenizer.vocab_size": 134958, "model.make_vocab_size_divisible_by": 211}
+# Megatron-LM carries these out when all flags are read, over what others say of the same.
+COUNTS_MORE = {"--recompute-activations", "--use-rotary-position-embeddings"}
 YUAN_FIXED = {"model.norm_epsilon": 1e-6, **YUAN_VOCABULARY}
 
 
@@ -19,14 +21,25 @@ def values_of(lines: list[Line]) -> dict[str, Any]:
     return {key: value for line in lines for key, value in line.became.items()}
 
 
+def _precisions(lines: list[Line], verb: str) -> None:
+    if find(lines, "--fp16") and find(lines, "--bf16"):
+        raise UserError("--fp16 and --bf16 are both given, which Megatron-LM refuses", "", "leave one out")
+
+
 def _repeated(lines: list[Line], verb: str) -> None:
+    """Of a value given twice the last counts, but what Megatron-LM sets after reading all flags counts before any."""
     seen: dict[str, Line] = {}
-    for line in lines:
-        for key in line.became:
-            if key in seen and seen[key].name.startswith("--") and seen[key].became.get(key) != line.became[key]:
-                seen[key].note = f"dropped: {line.name} {line.value} comes later, and the last counts"
-                seen[key].became = {}
-            seen[key] = line
+    for line in list(lines):
+        for key in list(line.became):
+            first = seen.get(key)
+            if first and first.name.startswith("--") and first.became.get(key) != line.became[key]:
+                loser, winner = (line, first) if first.name in COUNTS_MORE and line.name not in COUNTS_MORE else (first, line)
+                why = "counts whatever else is given" if winner is first else "comes later, and the last counts"
+                loser.note = f"dropped: {winner.name} {winner.value}".rstrip() + f" {why}"
+                del loser.became[key]
+                seen[key] = winner
+            else:
+                seen[key] = line
 
 
 def _queries(lines: list[Line], verb: str) -> None:
@@ -53,6 +66,15 @@ def _recompute(lines: list[Line], verb: str) -> None:
         method.note = "a method is one of full recomputation"
     if "parallel.recompute_num_layers" not in values:
         method.became = {**method.became, "parallel.recompute_num_layers": 1}
+
+
+def _accumulation(lines: list[Line], verb: str) -> None:
+    """bf16 accumulates and reduces gradients in fp32 by itself, fp32 has no others; fp16 does so with the flag alone."""
+    line, precision = find(lines, "--accumulate-allreduce-grads-in-fp32"), values_of(lines).get("training.precision", "fp32")
+    if line and precision == "fp16":
+        line.lost = "gradients are accumulated and reduced in fp16; training.precision=bf16 does it in fp32"
+    elif line:
+        line.note = f"so it is in {precision}"
 
 
 def _virtual_stages(lines: list[Line], verb: str) -> None:
@@ -200,5 +222,5 @@ def _folders(lines: list[Line], verb: str) -> None:
         load.trap = "" if find(lines, "--no-load-optim") is None else trap
 
 
-RULES = (_repeated, _queries, _recompute, _virtual_stages, _yuan, _dropout, _positions, _family, _llama_dropout, _schedule,
+RULES = (_precisions, _repeated, _queries, _recompute, _accumulation, _virtual_stages, _yuan, _dropout, _positions, _family, _llama_dropout, _schedule,
          _sequence_parallel, _folders)  # fmt: skip

@@ -9,8 +9,7 @@ from launcher.errors import UserError
 from launcher.migrate.result import Migration
 from launcher.migrate.write import recipe_text
 from launcher.recipe import check_conversion, check_layout, check_memory, check_model, check_schedule, check_stages, load
-from launcher.recipe.check import CHECKS
-from launcher.recipe.offers import keep_sound
+from launcher.recipe.check import CHECKS, check
 from launcher.recipe.problem import Case, Problem
 
 OF_VALUES = {module.__name__ for module in (check_model, check_layout, check_stages, check_schedule)}
@@ -29,11 +28,9 @@ def verdict(migration: Migration) -> list[Problem]:
         return [Problem(one.what, one.where, one.fix) for one in error.each]
     sources = {key: source if source in ("default", "derived") else "migrated" for key, source in loaded.sources.items()}
     case = Case(loaded.recipe, sources)
-    checks = CHECKS[migration.verb]
-    plain = [one for one in checks if one.__module__ in OF_VALUES and one not in OF_THIS_MACHINE]
-    problems = keep_sound(case, [problem for one in plain for problem in one(case)], plain)
-    problems += [problem for one in checks if one in OF_VALUES_TOO for problem in one(case)]
-    return sorted(problems, key=lambda problem: problem.severity)
+    others = [one for one in CHECKS[migration.verb] if not (one.__module__ in OF_VALUES or one in OF_VALUES_TOO) or one in OF_THIS_MACHINE]
+    elsewhere = {problem.what for one in others for problem in one(case)}
+    return [problem for problem in check(loaded.recipe, sources, migration.verb) if problem.what not in elsewhere]
 
 
 def lines(migration: Migration) -> list[str]:

@@ -190,6 +190,9 @@ def lines_of(flags: str) -> dict:
     ("--lr-warmup-tokens 1000", {"optimizer.lr_warmup_tokens": 1000}),
     ("--lr=3e-4", {"optimizer.lr": 3e-4}),
     ("--pretrained-no --seed 1 --seed 2", {"training.seed": 2}),
+    ("--recompute-activations --recompute-granularity full", {"parallel.recompute_granularity": "selective"}),
+    ("--recompute-granularity full --recompute-activations", {"parallel.recompute_granularity": "selective"}),
+    ("--use-rotary-position-embeddings --position-embedding-type none", {"model.position_embedding_type": "rope"}),
 ])  # fmt: skip
 def test_other_spellings_and_what_flags_mean_together(flags, keys):
     [migration], _ = migrate([f"python pretrain_gpt.py {REQUIRED} --train-iters 5 {flags}"])
@@ -199,6 +202,8 @@ def test_other_spellings_and_what_flags_mean_together(flags, keys):
 @pytest.mark.parametrize("flags", [
     "--context-parallel-size 2", "--num-experts 8", "--fim-rate 0.5", "--optimizer sgd", "--ckpt-format zarr", "--mock-data",
     "--position-embedding-type relative", "--moe-router-topk 2", "--fp8-format hybrid", "--a-flag-of-tomorrow 3",
+    "--dataloader-type cyclic", "--save-retain-interval 10", "--distribute-saved-activations", "--deterministic-mode",
+    "--no-check-for-nan-in-loss-and-grad", "--spec my.module layers", "--legacy-tokenizer", "--recompute-modules mlp",
     "--tokenizer-type BertWordPieceCase", "--num-virtual-stages-per-pipeline-rank 3", "--data-path $DATA",
 ])  # fmt: skip
 def test_what_changes_the_result_and_has_no_key_is_said_loudly(yuan, flags):
@@ -209,12 +214,27 @@ def test_what_changes_the_result_and_has_no_key_is_said_loudly(yuan, flags):
 
 @pytest.mark.parametrize("flags", [
     "--context-parallel-size 1", "--fim-rate 0.0", "--use-mcore-models", "--no-masked-softmax-fusion", "--tensorboard-dir x",
+    "--dataloader-type single", "--spec local", "--exit-signal-handler", "--recompute-modules core_attn",
     "--wandb-project x", "--cuda-graph-scope full", "--distributed-backend nccl", "--attention-backend auto",
 ])  # fmt: skip
 def test_what_has_no_bearing_is_dropped_with_the_reason(flags):
     line = lines_of(flags)[flags.split()[0]]
     assert not line.lost and not line.became
     assert line.note
+
+
+@pytest.mark.parametrize(("precision", "lost"), [("", False), ("--bf16", False), ("--fp16", True)])
+def test_gradients_in_fp32_are_lost_in_fp16_alone(precision, lost):
+    line = lines_of(f"{precision} --accumulate-allreduce-grads-in-fp32")["--accumulate-allreduce-grads-in-fp32"]
+    assert bool(line.lost) is lost and bool(line.note) is not lost
+
+
+@pytest.mark.parametrize(("flag", "words"), [
+    ("--exit-signal-handler", "saves and ends on SIGTERM"), ("--wandb-project x", "records no such"), ("--manual-gc", "garbage"),
+    ("--async-save", "how checkpoints are written"), ("--chunk-size 9", "shares out its work"), ("--trust-remote-code", "runs no code"),
+])  # fmt: skip
+def test_the_reason_is_that_flags_own(flag, words):
+    assert words in lines_of(flag)[flag.split()[0]].note
 
 
 def test_query_groups_without_their_switch_are_left_out_as_megatron_does():
@@ -227,6 +247,7 @@ def test_query_groups_without_their_switch_are_left_out_as_megatron_does():
     ("--seed x", ["--seed", "a whole number", "'x'"]),
     ("--seed 1.5", ["--seed", "a whole number", "'1.5'"]),
     ("--seed", ["--seed has no value"]),
+    ("--bf16 --fp16", ["--fp16 and --bf16 are both given", "pretrain_gpt.py, line 1"]),
     ("--bf16 yes", ["--bf16 takes no value", "'yes'"]),
     ("--split 9 1", ["--split takes one value"]),
     ("--pipeline-model-parallel-blocks 2,x", ["whole numbers with commas"]),
