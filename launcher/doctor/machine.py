@@ -17,7 +17,7 @@ from launcher.recipe.resolve import cores
 from launcher.run.folder import git_commit
 
 MEGATRON_CORE = "0.16"
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers", "sentencepiece", "omegaconf", "typer")
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers", "gigatoken", "sentencepiece", "omegaconf", "typer")
 OPEN_FILES = 4096  # a pipeline rank's sockets and the checkpoint's files, with room
 SHARED_MIB = 1024  # data loaders hand batches over, and NCCL its buffers; containers often get 64 MiB
 FREE_GIB = 5

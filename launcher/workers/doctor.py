@@ -91,7 +91,7 @@ def _fast_paths(device: str) -> dict[str, str]:
         fast["MKL"] = "" if torch.backends.mkl.is_available() else "this torch is built without it"
     else:
         fast["Transformer Engine"] = "" if HAVE_TE else _why_not("transformer_engine.pytorch")
-    fast["tokenizers (Rust)"] = _why_not("tokenizers")
+    fast["gigatoken"] = _why_not("gigatoken")
     return fast
 
 
