@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import TokenizerError
-from data_tools.tokenizers.base import Tokenizer
-from data_tools.tokenizers.gpt2_bpe import GPT2BPETokenizer
-from data_tools.tokenizers.huggingface import HuggingFaceTokenizer
-from data_tools.tokenizers.null import NullTokenizer
-from data_tools.tokenizers.sentencepiece import SentencePieceTokenizer
-from data_tools.tokenizers.tiktoken import TikTokenizer
-from data_tools.tokenizers.train import train_byte_level_bpe, train_sentencepiece
-from data_tools.tokenizers.yuan import YuanTokenizer
 
-_TYPES: dict[str, type[Tokenizer]] = {
-    one.type: one
-    for one in (GPT2BPETokenizer, HuggingFaceTokenizer, TikTokenizer, SentencePieceTokenizer, YuanTokenizer, NullTokenizer)
+if TYPE_CHECKING:
+    from data_tools.tokenizers.base import Tokenizer
+    from data_tools.tokenizers.train import train_byte_level_bpe, train_sentencepiece
+
+# Imported when they are built, after their files were seen to be there: numpy alone costs a check 0.14 s.
+_MODULES = {
+    "GPT2BPETokenizer": "gpt2_bpe",
+    "HuggingFaceTokenizer": "huggingface",
+    "TikTokenizer": "tiktoken",
+    "SentencePieceTokenizer": "sentencepiece",
+    "YuanTokenizer": "yuan",
+    "NullTokenizer": "null",
 }
+_OFFERED = {"Tokenizer": "base", "train_byte_level_bpe": "train", "train_sentencepiece": "train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OFFERED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_OFFERED[name]}"), name)
+
+
 # What each type is built from; the other arguments are not its own.
 TOKENIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file", "plain_special_tokens", "use_gigatoken"),
@@ -58,15 +69,15 @@ def build_tokenizer(type: str, **arguments: Any) -> Tokenizer:
         TokenizerError: an unknown type, an argument not given, a file missing or broken; its `fix` says what to do.
         TypeError: an argument that no type has.
     """
-    if type not in _TYPES:
-        raise TokenizerError(f"unknown tokenizer type {type!r}", "tokenizer.type", "one of " + ", ".join(_TYPES))
+    if type not in _MODULES:
+        raise TokenizerError(f"unknown tokenizer type {type!r}", "tokenizer.type", "one of " + ", ".join(_MODULES))
     unknown = set(arguments).difference(*TOKENIZER_ARGUMENTS.values())
     if unknown:
         raise TypeError(f"no tokenizer has {', '.join(sorted(unknown))}")
     own = TOKENIZER_ARGUMENTS[type]
     given = {key: value for key, value in arguments.items() if key in own and value is not None}
     given |= {key: _file(type, key, arguments.get(key)) for key in _FILES if key in own}
-    return _TYPES[type](**given)
+    return getattr(import_module(f"{__name__}.{_MODULES[type]}"), type)(**given)
 
 
 def _file(type: str, key: str, path: str | Path | None) -> Path:

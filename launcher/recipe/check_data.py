@@ -128,13 +128,13 @@ def data(case: Case) -> Iterator[Problem]:
 
 
 def _one_data_set(case: Case, key: str, prefix: str, shares: list[tuple[float, float] | None]) -> Iterator[Problem]:
-    from data_tools.errors import DataError
-    from data_tools.indexed import IndexedReader
-
     missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
     if missing:
         yield Problem(f"no such file: {' and '.join(missing)}", case.at(key), _fix_missing(case, key, prefix))
         return
+    from data_tools.errors import DataError
+    from data_tools.indexed import IndexedReader  # and numpy
+
     try:
         reader = IndexedReader(prefix)
     except DataError as error:
