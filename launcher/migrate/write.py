@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from typing import Any
 
 from launcher.migrate.result import Line, Migration
 from launcher.recipe.keys import groups, table, yaml_scalar
 
-WIDTH = 100
+WIDTH = 100  # of a recipe's comments, and of the report where there is no terminal
+BECAME = 45  # columns that the last column of the report keeps at least
 COMMENTS = {"launch.gpu_memory_gib": "  # assumed, as of an A100 or H100: write what yours have"}
 
 
@@ -30,19 +32,16 @@ def recipe_text(migration: Migration) -> str:
 
 def _comment(label: str, text: str) -> list[str]:
     flat = " ".join(text.split())
-    rows = textwrap.wrap(label + flat, WIDTH, break_long_words=False, break_on_hyphens=False)
+    rows = textwrap.wrap(label + flat, WIDTH - 6, break_long_words=False, break_on_hyphens=False)
     return [f"#   {rows[0]}", *(f"#     {row}" for row in rows[1:])]
 
 
 def report(migration: Migration) -> list[str]:
-    """What became of each argument, one line each; then the traps; then what could not be carried over."""
-    rows = [(line.place, line.name, _short(line.value), _became(line)) for line in migration.lines]
-    widths = [max((len(row[at]) for row in rows), default=0) for at in range(3)]
-    lines = [migration.origin]
-    for place, name, value, became in rows:
-        head = f"{place:>{widths[0]}}  {name:<{widths[1]}}  {value:<{widths[2]}}  "
-        wrapped = textwrap.wrap(became, 80, break_long_words=False, break_on_hyphens=False)
-        lines += [head + wrapped[0], *(" " * (len(head) + 2) + row for row in wrapped[1:])]
+    """What became of each argument, one line each; then the traps; then what could not be carried over.
+
+    No line is longer than the terminal is wide.
+    """
+    lines = [*_wrapped(migration.origin), *_table(migration, columns())]
     for line in migration.traps:
         lines += ["", *_wrapped(f"trap: {_title(line)}: {line.trap}")]
     if migration.lost:
@@ -53,13 +52,45 @@ def report(migration: Migration) -> list[str]:
     return lines
 
 
+def columns() -> int:
+    """The terminal's width; WIDTH where the report goes to a file."""
+    return max(60, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+def _table(migration: Migration, columns: int) -> list[str]:
+    """Where a value is too long for its column, or the terminal too narrow, what became of it stands below."""
+    places, names = (max((len(getattr(line, part)) for line in migration.lines), default=0) for part in ("place", "name"))
+    room = columns - places - names - 6
+    longest = max((len(_short(line.value)) for line in migration.lines), default=0)
+    values = min(longest, max(8, room - BECAME))
+    start = places + names + values + 6
+    if columns - start < BECAME:
+        start = places + 4
+    lines = []
+    for line in migration.lines:
+        head = f"{line.place:>{places}}  {line.name:<{names}}  {_short(line.value, room + 2):<{values}}  "
+        became = _became(line)
+        if len(head) > start and len(head + became) > columns:
+            lines.append(head.rstrip())
+            head = " " * start
+        rows = [became] if len(head + became) <= columns else _rows(became, columns - start - 2)
+        lines += [head + rows[0], *(" " * (start + 2) + row for row in rows[1:])]
+    return lines
+
+
+def _rows(text: str, width: int) -> list[str]:
+    """Text cut at blanks; a word that is longer than a row begins one."""
+    words = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return [row[at : at + width] for row in words for at in range(0, len(row), width)]
+
+
 def _title(line: Line) -> str:
     return " ".join(filter(None, (line.place if line.place.isdigit() else "", line.name, _short(line.value))))
 
 
-def _short(value: str) -> str:
-    flat = " ".join(value.split())
-    return flat if len(flat) <= 40 else f"…{flat[-39:]}"
+def _short(value: str, most: int = 40) -> str:
+    flat, most = " ".join(value.split()), max(8, min(40, most))
+    return flat if len(flat) <= most else f"…{flat[1 - most:]}"
 
 
 def _became(line: Line) -> str:
@@ -74,4 +105,5 @@ def _plain(value: Any) -> str:
 
 def _wrapped(text: str) -> list[str]:
     indent = " " * (len(text) - len(text.lstrip()) + 6)
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    first = indent[:-6]
+    return [(indent if at else first) + row for at, row in enumerate(_rows(text.strip(), columns() - len(indent)))]

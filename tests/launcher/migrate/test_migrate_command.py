@@ -237,3 +237,15 @@ def test_a_variable_that_is_not_exported_does_not_reach_another_script(migrated,
     values, report = migrated("outer.sh")
     assert (values["training.seed"], values["training.eval_iters"]) == (9, 10)
     assert "$HIDDEN is set nowhere here" in report
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 160])
+@pytest.mark.parametrize("name", ["pai_pretrain.sh", "pai_deepspeed.sh", "yuan_51b.sh", "mindspore_4_to_8.sh"])
+def test_no_line_of_the_report_is_wider_than_the_terminal(yuan, monkeypatch, columns, name):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    report = yuan("migrate", "--dry-run", str(COMMANDS / name)).split("\n\n# ")[0].splitlines()
+    assert columns / 2 < max(map(len, report)) <= columns
+    monkeypatch.setenv("COLUMNS", "10000")
+    wide = yuan("migrate", "--dry-run", str(COMMANDS / name)).split("\n\n# ")[0]
+    if columns >= 80:  # below, old values are cut shorter; what they became never is
+        assert "".join(wide.split()) == "".join("\n".join(report).split())
