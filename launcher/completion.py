@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shlex
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from launcher.recipe.find import available, describe
+from launcher.recipe.find import available, describe, folders, in_order
 from launcher.recipe.keys import groups, table
 
 SHELL_ENV = "YUAN_COMPLETE"  # which shell asks; the line up to the cursor is the one argument
@@ -39,8 +40,10 @@ def candidates(app: Any, words: list[str]) -> list[tuple[str, str]]:
 
     *before, current = words[1:] or [""]
     command, rest = _command(typer.main.get_command(app), before)
-    if command is None or rest and _takes_value(command, rest[-1]):
+    if command is None:
         return []
+    if rest and _takes_value(command, rest[-1]):
+        return _fitting([(word, "") for word in _option_values(rest[-1])], current)
     if hasattr(command, "commands") and not current.startswith("-"):
         verbs = command.list_commands(None)
         return _fitting([(verb, command.commands[verb].short_help or "") for verb in verbs], current)
@@ -64,6 +67,15 @@ def _command(command: Any, words: list[str]) -> tuple[Any, list[str]]:
 def _takes_value(command: Any, word: str) -> bool:
     flags = [one for one in command.params if word in one.opts]
     return bool(flags) and not getattr(flags[0], "is_flag", False)
+
+
+def _option_values(flag: str) -> list[str]:
+    """The words that an option takes, where they are few."""
+    if flag == "--for":
+        from launcher.recipe.check import CHECKS
+
+        return list(CHECKS)
+    return ["yaml", "megatron"] if flag == "--as" else []
 
 
 def _argument(command: Any, before: list[str], current: str) -> list[tuple[str, str]]:
@@ -90,7 +102,7 @@ def _pair(current: str) -> list[tuple[str, str]]:
             return _fitting([(f"{one.name}=", one.doc) for one in table().values() if not one.name.startswith("derived.")], key)
         return _fitting([("recipe=", "A recipe's name"), *((f"{group}.", "") for group in groups() if group != "derived")], key)
     if key == "recipe":
-        return [(f"recipe={name}", text) for name, text in _fitting(_recipes(), value)]
+        return [(f"recipe={name}", text) for name, text in _fitting(_recipes(value.rpartition("/")[0]), value)]
     known = table().get(key)
     return [(f"{key}={word}", "") for word, _ in _fitting([(word, "") for word in _values(known.type if known else None)], value)]
 
@@ -101,8 +113,15 @@ def _values(kind: Any) -> list[str]:
     return ["true", "false"] if kind is bool else []
 
 
-def _recipes() -> list[tuple[str, str]]:
-    return [(name, describe(path)[0]) for name, path in available().items()]
+def _recipes(below: str = "") -> list[tuple[str, str]]:
+    """Every recipe's name; those `below` a folder of recipes, such as bases, where the word has come so far."""
+    if not below:
+        return [(name, describe(path)[0]) for name, path in available().items()]
+    found: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted((folder / below).glob("*.yaml")):
+            found.setdefault(f"{below}/{path.stem}", path)
+    return [(name, describe(found[name])[0]) for name in sorted(found, key=in_order)]
 
 
 def _fitting(offered: list[tuple[str, str]], start: str) -> list[tuple[str, str]]:

@@ -16,10 +16,10 @@ from launcher.recipe.estimate.change import Change, as_words, changed
 from launcher.recipe.estimate.layouts import Layout, Search, search
 from launcher.recipe.estimate.report import duration, gib
 from launcher.recipe.estimate.stages import chunks
-from launcher.recipe.estimate.time import Step, peak_flops
+from launcher.recipe.estimate.time import Step, peak_flops, training_seconds
 from launcher.recipe.problem import Case, nearest, nearest_divisors
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import flops_per_token, parameters
+from launcher.recipe.size import parameters
 from launcher.recipe.verb import verb_of
 
 WHY = {  # parts of a step that another layout could save
@@ -110,10 +110,9 @@ def headline(loaded: Loaded) -> str:
 
 def table(layouts: list[Layout]) -> list[str]:
     """A row for each layout, and where its time goes that is not the model's arithmetic."""
-    rows = [["TP", "PP", "VP", "DP", "micro", "recompute", "GiB", "s/step", "time", "MFU"]]
+    rows = [["TP", "PP", "VP", "DP", "micro", "recompute", "GiB", "time"]]
     for one in layouts:
-        r, seconds = one.recipe, one.step.seconds
-        steps, virtual = r.derived.train_iters, len(chunks(r)[0])
+        r, virtual = one.recipe, len(chunks(one.recipe)[0])
         rows.append(
             [
                 str(r.parallel.tensor_model_parallel_size),
@@ -123,9 +122,7 @@ def table(layouts: list[Layout]) -> list[str]:
                 str(r.training.micro_batch_size),
                 recompute(r),
                 gib(one.memory),
-                f"{seconds:.3g}",
-                duration(seconds * steps) if steps else "-",
-                f"{mfu(one):.0%}",
+                f"{one.step.seconds / layouts[0].step.seconds:.2f}",
             ]
         )
     columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -143,13 +140,6 @@ def recompute(recipe: Recipe) -> str:
         return "-"
     most = max(sum(chunk.layers for chunk in stage) for stage in chunks(recipe))
     return "all" if p.recompute_method == "uniform" else f"{p.recompute_num_layers} of {most}"
-
-
-def mfu(layout: Layout) -> float:
-    """The share of the peak that the model's own arithmetic reaches."""
-    r = layout.recipe
-    flops = flops_per_token(r) * r.training.global_batch_size * r.training.seq_length
-    return flops / (layout.step.seconds * r.derived.world_size * peak_flops(r))
 
 
 def why(step: Step) -> str:
@@ -172,7 +162,9 @@ def after(loaded: Loaded, found: Search) -> list[str]:
     if faults:
         found_too = "; ".join(one.what for one in faults)
         texts["besides"] = f"yuan check finds {len(faults)} more error{'s' * (len(faults) > 1)}: {found_too}"
-    texts["time"] = "seconds rank layouts and promise nothing; lost to: layers recomputed, pipeline bubble, communication of TP, PP, DP"
+    seconds = training_seconds(best.recipe) if best.recipe.derived.train_samples else None
+    whole = f"; the training takes {duration(seconds)} at launch.mfu, {launch.mfu:.0%} of the peak" if seconds else ""
+    texts["time"] = f"as a multiple of the best's{whole}; lost to: layers recomputed, pipeline bubble, communication of TP, PP, DP"
     return [line for name, text in texts.items() for line in wrapped(name, text)]
 
 

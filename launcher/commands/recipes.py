@@ -88,7 +88,7 @@ def as_yaml(loaded: Loaded, everything: bool) -> list[str]:
 @app.command(short_help="A copy of a recipe to edit.")
 def copy(
     name: Annotated[str, typer.Argument(help="The recipe to copy.")],
-    dest: Annotated[Optional[Path], typer.Argument(metavar="[FILE]", help="Default: ./recipes/NAME.yaml")] = None,
+    dest: Annotated[Optional[Path], typer.Argument(metavar="[FILE]", help="A .yaml file, a folder, or a name for ./recipes/NAME.yaml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
     """Copy a recipe to edit it; the copy hides the packaged recipe of that name."""
@@ -96,6 +96,8 @@ def copy(
     target = dest or Path("recipes") / (source.name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")  # bases/ stays
     if target.is_dir():
         target = target / source.name
+    elif target.suffix not in (".yaml", ".yml"):  # a name, which recipe=NAME is to find
+        target = (Path("recipes") if target.parent == Path() else target.parent) / f"{target.name}.yaml"
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} is that recipe already", "", "give another file to copy it to")
     if target.exists() and not force:

@@ -31,7 +31,8 @@ def slurm(case: Case) -> Iterator[Problem]:
             fix = "names alone: the values are read where the job is submitted"
             yield Problem(f"{name.split('=')[0]!r} with what follows it is no name of a variable", "slurm.environment", fix)
         elif name not in os.environ:
-            yield Problem(f"the variable {name} is not set here", case.at("slurm.environment"), f"export {name}=…")
+            at, severity = case.at("slurm.environment"), "error" if case.launching else "warning"
+            yield Problem(f"the variable {name} is not set here", at, f"export {name}=… where the job is submitted", severity)
     for mount in spec.container_mounts:
         if not all(mount.split(":")[:2]) or len(mount.split(":")) not in (2, 3):
             yield Problem(f"{mount!r} is no mount", case.at("slurm.container_mounts"), "HOST:CONTAINER, both whole paths")

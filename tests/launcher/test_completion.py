@@ -32,11 +32,15 @@ def test_verbs_and_their_verbs():
 def test_options_of_a_verb():
     assert {"--dry-run", "--accept-changes", "--help"} <= set(offered("yuan pretrain recipe=345m_1dp --"))
     assert offered("yuan preprocess --input ") == []  # a file: the shell's own
+    assert offered("yuan check --for ge") == ["generate"] and "pretrain" in offered("yuan check --for ")
+    assert offered("yuan recipes show --as m") == ["megatron"]
 
 
 def test_recipes():
     assert set(offered("yuan pretrain recipe=345m_")) == {"recipe=345m_1dp", "recipe=345m_4dp"}
     assert set(offered("yuan recipes show 345m_")) == set(offered("yuan recipes copy 345m_")) == {"345m_1dp", "345m_4dp"}
+    assert offered("yuan check recipe=bases/llama2_7") == ["recipe=bases/llama2_7b", "recipe=bases/llama2_70b"]
+    assert "recipe=bases/yuan2" in offered("yuan check recipe=bases/")
     assert offered("yuan recipes show 345m_1dp training.train_it") == ["training.train_iters="]
 
 
@@ -176,4 +180,4 @@ def test_in_a_real_shell(shell, tmp_path):
 def test_did_you_mean_for_verbs_recipes_and_keys(tmp_path):
     assert "Did you mean 'generate', " in yuan("genrate", cwd=tmp_path).stderr
     assert "did you mean quickstart?" in yuan("check", "recipe=quikstart", cwd=tmp_path).stderr
-    assert "did you mean optimizer.min_lr or " in yuan("check", "recipe=quickstart", "optimizer.mni_lr=1", cwd=tmp_path).stderr
+    assert "did you mean optimizer.min_lr or " in yuan("check", "recipe=quickstart", "optimizer.mni_lr=1", cwd=tmp_path).stdout

@@ -18,7 +18,7 @@ A100_TFLOPS = 312.0  # dense bf16 and fp16, where launch.gpu_peak_tflops is not 
 # Of one A100 machine with NVLink and a 200 Gb/s adapter per GPU; a step's order of layouts hardly changes on an H100,
 # whose links and arithmetic are both faster.
 WITHIN, BETWEEN = 200e9, 20e9  # bytes/s that one GPU reaches within a machine, and between machines
-MATRIX = 0.68  # of the peak, of large products and what lies between them: Yuan 2.0 102B then takes its published 238 s a step
+MATRIX = 0.68  # of the peak, of large products and what lies between them: Yuan 2.0 102B then takes the 238 s a step of its authors' own model
 FEW_TOKENS, NARROW = 256, 128  # rows of a micro-batch, columns per rank, at which a product reaches half of that
 LATENCY = 20e-6  # seconds of starting one collective or one kernel-bound pass through a layer's seams
 

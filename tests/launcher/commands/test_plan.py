@@ -61,10 +61,10 @@ def test_the_words_of_the_best_make_a_recipe_that_fits_and_passes(plan, recipe):
     assert 1 < len(rows) <= 8
     p = loaded.recipe.parallel
     assert rows[0][:2] == [str(p.tensor_model_parallel_size), str(p.pipeline_model_parallel_size)]
-    head = next(line for line in text.splitlines() if "s/step" in line)
-    column = slice(0, head.index("s/step") + len("s/step"))
+    head = next(line for line in text.splitlines() if " time " in line)
+    column = slice(0, head.index(" time ") + len(" time"))
     seconds = [float(line[column].split()[-1]) for line in text.splitlines() if re.match(r" +\d+ +\d+ ", line)]
-    assert len(seconds) == len(rows) and seconds == sorted(seconds)
+    assert len(seconds) == len(rows) and seconds == sorted(seconds) and seconds[0] == 1
 
 
 def test_every_layout_found_is_valid_and_fits_and_none_is_said_twice():
@@ -82,6 +82,13 @@ def test_every_layout_found_is_valid_and_fits_and_none_is_said_twice():
     assert found.broken["batch"] == 0 and found.too_large > 0
 
 
+def test_the_time_is_the_one_of_yuan_check(plan):
+    words = ["recipe=llama2_70b", BATCH]
+    (said,) = re.findall(r"the training takes (.*?) at launch.mfu, 40% of", " ".join(plan(*words, "--gpus", "64")[1].split()))
+    checked = CliRunner().invoke(app, ["check", *words, "--nodes", "8", "--gpus-per-node", "8"]).stdout
+    assert f" FLOP in all: {said} on 64 at 40% of " in checked
+
+
 def test_where_nothing_fits_it_tells_how_many_gpus_would_do(plan):
     code, text = plan("recipe=llama2_70b", BATCH, "--gpus", "8")
     assert code == 2
@@ -95,7 +102,7 @@ def test_where_nothing_fits_it_tells_how_many_gpus_would_do(plan):
 
 def test_what_is_missing_is_named_at_once(plan):
     with pytest.raises(UserError) as error:
-        plan("recipe=345m_1dp", "training.global_batch_size=8")
+        plan("recipe=quickstart", "training.global_batch_size=8")
     assert [one.what for one in error.value.each] == ["launch.gpu_memory_gib is not known", "derived.vocab_size is not known"]
     with pytest.raises(UserError, match="training.seq_length must be at least 1"):
         plan("recipe=llama2_7b", "training.seq_length=-1")

@@ -81,6 +81,15 @@ def test_copy_makes_a_recipe_that_hides_the_packaged_one_and_never_overwrites(yu
     assert copied.read_text() == (package_folder() / "quickstart.yaml").read_text()
 
 
+def test_a_copy_by_a_bare_name_is_a_recipe_of_that_name(yuan, tmp_path):
+    yuan("copy", "quickstart", "mine")
+    assert (tmp_path / "recipes" / "mine.yaml").is_file() and not (tmp_path / "mine").exists()
+    assert load(["recipe=mine"]).recipe.training.seq_length == 128
+    yuan("copy", "quickstart", "elsewhere/mine")
+    yuan("copy", "quickstart", "mine.yaml")
+    assert (tmp_path / "elsewhere" / "mine.yaml").is_file() and (tmp_path / "mine.yaml").is_file()
+
+
 def test_a_copy_of_a_recipe_finds_its_bases_and_a_copied_base_is_found_first(yuan, tmp_path):
     packaged = load(["recipe=llama2_70b"]).recipe
     yuan("copy", "llama2_70b")

@@ -129,6 +129,13 @@ def test_a_job_runs_on_gpus_though_it_is_submitted_from_a_machine_without():
     assert (recipe.derived.device, recipe.training.precision) == ("cuda", "fp16")
 
 
+def test_a_variable_that_is_not_set_here_may_be_set_where_the_job_is_submitted(home):
+    words = ["recipe=small", "launch.kind=slurm", "slurm.environment=[NO_SUCH_VARIABLE]"]
+    code, out, err = yuan(home, "pretrain", *words, "--dry-run")
+    assert code == 0 and "warning: the variable NO_SUCH_VARIABLE is not set here" in err
+    assert "NO_SUCH_VARIABLE" in next(line for line in out.splitlines() if "--export=" in line)
+
+
 @pytest.mark.parametrize(
     ("word", "what"),
     [
