@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from math import gcd
 
 from launcher.recipe.device import gpu_count
 from launcher.recipe.endpoint import host_and_port, is_loopback
-from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
+from launcher.recipe.problem import Case, Problem, count, nearest, nearest_divisors
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -25,7 +26,7 @@ def world(case: Case) -> Iterator[Problem]:
         fixes += [f"{PP}={nearest_divisors(processes // tp, pp)}"] * (processes % tp == 0)
         fixes += [f"{TP}={nearest_divisors(processes // pp, tp)}"] * (processes % pp == 0)
         yield Problem(
-            f"{processes} processes cannot be shared out over TP {tp} x PP {pp} = {ranks}",
+            f"{count(processes, 'process')} cannot be shared out over TP {tp} x PP {pp} = {ranks}",
             case.at("launch.nnodes", "launch.nproc_per_node", TP, PP),
             ", or ".join(fixes),
         )
@@ -70,7 +71,7 @@ def tensor_parallel(case: Case) -> Iterator[Problem]:
     keys = 2 * groups * (m.kv_channels or 0)
     if 0 < groups < tp and tp % groups == 0 and keys % tp:  # heads that several ranks share are cut all the same
         yield Problem(
-            f"keys and values of {groups} groups x {m.kv_channels} channels cannot be cut into TP {tp} parts",
+            f"keys and values of {count(groups, 'group')} x {m.kv_channels} channels cannot be cut into TP {tp} parts",
             case.at("model.num_query_groups", "model.kv_channels", TP),
             f"model.num_query_groups={tp}, or model.kv_channels={nearest(m.kv_channels, tp)}, or {TP}={groups}",
         )
@@ -113,12 +114,22 @@ def machines(case: Case) -> Iterator[Problem]:
     launch = case.recipe.launch
     if launch.kind == "torchrun" and launch.nnodes > 1:
         yield from _meeting(case)
+    if launch.kind == "torchrun":  # a Slurm job gets no such variable of this shell's
+        yield from _connections(case)
     if 0 < launch.nnodes <= launch.node_rank:
         yield Problem(
             f"machine number {launch.node_rank} of {launch.nnodes}: numbers start at 0",
             case.at("launch.node_rank", "launch.nnodes"),
             "launch.node_rank=0" + (f" … {launch.nnodes - 1}" if launch.nnodes > 1 else ""),
         )
+
+
+def _connections(case: Case) -> Iterator[Problem]:
+    """Megatron: with one hardware queue TP's communication starts before the arithmetic that was issued after it."""
+    queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if queues != "1" and case.recipe.derived.device == "cuda" and case.recipe.parallel.tensor_model_parallel_size > 1:
+        what = f"CUDA_DEVICE_MAX_CONNECTIONS={queues} in the environment: tensor parallelism overlaps its communication at 1 alone"
+        yield Problem(what, case.at(TP), "unset CUDA_DEVICE_MAX_CONNECTIONS; yuan sets it to 1", "warning")
 
 
 def _meeting(case: Case) -> Iterator[Problem]:
@@ -141,7 +152,7 @@ def gpus(case: Case) -> Iterator[Problem]:
     if case.recipe.derived.device != "cuda" or launch.kind == "slurm" or launch.nproc_per_node <= present:
         return
     yield Problem(
-        f"{launch.nproc_per_node} processes want a GPU each, and on this machine torch can use {present}",
+        f"{count(launch.nproc_per_node, 'process')} {'wants a GPU' if launch.nproc_per_node == 1 else 'want a GPU each'}, and on this machine torch can use {present}",
         case.at("launch.nproc_per_node", "launch.device"),
         f"launch.nproc_per_node={present}, or launch.device=cpu" if present else "launch.device=cpu, or a machine with GPUs",
         "error" if case.launching else "warning",

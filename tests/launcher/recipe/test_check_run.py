@@ -266,3 +266,15 @@ def test_a_place_where_machines_cannot_meet(problems, endpoint, what, severity):
     (problem,) = problems(*two, f"launch.rdzv_endpoint={endpoint}")
     assert problem.what.startswith(what) and problem.severity == severity
     assert problems("launch.kind=slurm", "launch.device=cpu", f"launch.rdzv_endpoint={endpoint}", "launch.nnodes=2") == []
+
+
+def test_another_number_of_hardware_queues_is_told(problems, monkeypatch):
+    words = ["launch.device=cuda", "launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2"]
+
+    def told(*more: str) -> list[str]:
+        return [one.severity for one in problems(*words, *more) if "CUDA_DEVICE_MAX_CONNECTIONS=8" in one.what]
+
+    assert told() == []
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert told() == ["warning"]
+    assert told("parallel.tensor_model_parallel_size=1") == told("launch.device=cpu") == told("launch.kind=slurm") == []
