@@ -66,7 +66,7 @@ _ANSWERING: tuple[Check, ...] = (
     check_answering.memory,
 )
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "pretrain": (*_TRAINING, check_schedule.length, check_data.data, check_finetuning.in_vain),
+    "pretrain": (*_TRAINING, check_schedule.length, check_data.data, check_run.cache, check_finetuning.in_vain),
     "sft": (*_TRAINING, check_finetuning.length, check_finetuning.rows, check_finetuning.weights),
     "tokenizer": (check_data.tokenizer,),
     "preprocess": (check_model.ranges, check_data.preprocess_input, check_data.tokenizer),

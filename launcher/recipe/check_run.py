@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from checkpoints.folder import whole_checkpoints
 from launcher.errors import UserError
 from launcher.recipe.check_layout import gpus
 from launcher.recipe.problem import Case, Problem
+from launcher.recipe.sample_index import is_whole, note_path, words
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import parameters
 from launcher.run.folder import RunFolder, UnreadableRecipe, length, lock_path, raise_if_in_use, recipe_name, refused_changes, too_short
@@ -25,7 +28,7 @@ def folder(case: Case) -> Iterator[Problem]:
         return
     run = RunFolder(case.recipe.run.dir, recipe_name(case.recipe))
     there = existing(run.path)
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not writable(there):
         yield Problem(f"the run folder cannot be made: {there} cannot be written", case.at("run.dir"), "run.dir=…")
         return
     try:
@@ -49,6 +52,41 @@ def _as_problem(error: UserError, severity: str = "error") -> Problem:
 def existing(path: Path) -> Path:
     """The nearest of a path and its parents that is there."""
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made there: root may write everywhere, and yet not to /proc or a disk mounted read-only."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # without a name: nobody sees it
+            return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)  # a full disk is another fault
+
+
+def cache(case: Case) -> Iterator[Problem]:
+    """The folder of the sample index can be written, where the index is still to be built."""
+    data = case.recipe.data
+    sources = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
+    found = [word for source in sources for word in words(source) or [] if Path(f"{word}.idx").is_file()]
+    if not found:
+        return  # told by `check_data.data`
+    folder = Path(data.data_cache_path) if data.data_cache_path else Path(found[0]).parent / "cache"
+    there = existing(folder)
+    if writable(there) or _index_is_whole(case.recipe):
+        return
+    what = f"the sample index cannot be built in {folder}: {there} cannot be written"
+    yield Problem(what, case.at("data.data_cache_path"), "data.data_cache_path=A_FOLDER, or the index built before: yuan data index")
+
+
+def _index_is_whole(recipe: Recipe) -> bool:
+    from data_tools.errors import DataError
+
+    try:
+        return is_whole(note_path(recipe))
+    except (DataError, OSError, TypeError, ValueError):
+        return False  # something that it is made of is missing, which other rules say
 
 
 def going_on(recipe: Recipe) -> list[str]:
@@ -91,6 +129,8 @@ def disk(case: Case) -> Iterator[Problem]:
     except TypeError:
         return  # a size of the model is missing, which `required` says
     path = Path(r.run.dir)
+    if not writable(existing(path)):
+        return  # told by `folder`, or by `open_run`
     there = len(whole_checkpoints(path / "checkpoints"))
     steps = r.derived.train_iters or 0
     saves = -(-steps // r.checkpoint.save_interval) if r.checkpoint.save_interval else 1

@@ -106,6 +106,16 @@ def test_a_folder_nobody_may_write_is_told(problems):
     assert problem.what == f"the run folder cannot be made: {Path('file').absolute()} cannot be written"
 
 
+def test_a_file_system_that_takes_no_files_is_told_and_not_called_full(problems):
+    (problem,) = problems("run.dir=/proc/x")
+    assert problem.what == "the run folder cannot be made: /proc cannot be written" and problem.severity == "error"
+    (problem,) = problems("data.data_cache_path=/proc/cache")
+    assert problem.what == "the sample index cannot be built in /proc/cache: /proc cannot be written"
+    (problem,) = problems("data.data_cache_path=data_text_document.idx/cache")  # a file is in the way
+    assert "cannot be written" in problem.what
+    assert problems("data.data_cache_path=cache/below") == [] and not Path("cache").exists()
+
+
 @pytest.fixture
 def free_disk(monkeypatch):
     """free_disk(bytes): what every disk has free."""
