@@ -8,12 +8,12 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.migrate.result import Migration
 from launcher.migrate.write import recipe_text
-from launcher.recipe import check_conversion, check_layout, check_memory, check_model, check_schedule, check_stages, load
+from launcher.recipe import check_answering, check_conversion, check_layout, check_memory, check_model, check_schedule, check_stages, load
 from launcher.recipe.check import CHECKS, check
 from launcher.recipe.problem import Case, Problem
 
 OF_VALUES = {module.__name__ for module in (check_model, check_layout, check_stages, check_schedule)}
-OF_VALUES_TOO = (check_memory.memory, check_conversion.layout)
+OF_VALUES_TOO = (check_memory.memory, check_answering.memory, check_conversion.layout)
 OF_THIS_MACHINE = (check_layout.gpus,)
 
 

@@ -184,8 +184,6 @@ def test_answers(verb, name):
     g, tp = r.generate, r.parallel.tensor_model_parallel_size
     assert (tp, g.max_new_tokens, g.top_k, g.top_p, g.repetition_penalty) == ANSWERS[name]
     assert (r.derived.world_size, r.parallel.pipeline_model_parallel_size) == (tp, 1)
-    weights = 2 * parameters(r) / tp / 2**30
-    assert weights < 0.6 * r.launch.gpu_memory_gib  # the rest is for keys, values and logits
     assert g.load == recipe(f"convert_{name}").convert.target
     assert r.serve.port == 8000 and r.serve.host == "127.0.0.1"
 

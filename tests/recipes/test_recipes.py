@@ -17,6 +17,7 @@ from tests.test_readme import parse
 FILES = {path.stem: path for path in sorted(package_folder().glob("*.yaml"))}
 EXPECTED = (  # of another machine's, and candid
     "want a GPU each",
+    "wants a GPU",
     "no filtered attention",
     "more checkpoints of",
     "of 430000 steps of decay",  # Megatron-LM's own example of 345M
