@@ -48,6 +48,8 @@ def parse_split(split: str) -> list[tuple[float, float] | None]:
     Raises:
         ValueError: it is not made of one to three numbers that add up to something.
     """
+    if "-" in split:  # megatron-core passes over the sign: -1 would be a share of 1
+        raise ValueError(f"{split!r} has a share below 0")
     shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
     if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
         raise ValueError(f"{split!r} is not up to three shares")

@@ -30,6 +30,7 @@ from launcher.recipe.schema import Recipe
 _TRAINING: tuple[Check, ...] = (
     check_model.required,
     check_model.ranges,
+    check_model.names,
     check_model.shapes,
     check_model.precision,
     check_model.family,

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from launcher.recipe.blend import BlendError, parse_blend, parse_split
 from launcher.recipe.problem import Case, Problem, typed
 from launcher.recipe.tokenizer import tokenizer_of
@@ -94,7 +96,7 @@ def data(case: Case) -> Iterator[Problem]:
         yield Problem(
             "data_path with a split, or a path for each set, but not both",
             case.at("data.data_path", *own),
-            f"{own[0]}=null, or data.data_path=null, and data.split=null",
+            f"{', and '.join(f'{one}=null' for one in own)}, or data.data_path=null" + ", and data.split=null" * case.given("data.split"),
         )
         return
     if own and case.given("data.split"):
@@ -260,6 +262,10 @@ def _fix_missing(case: Case, key: str, prefix: str) -> str:
         if Path(f"{prefix}{suffix}.idx").is_file():
             return f"{key}={prefix}{suffix}"
     if len(prefix.split()) > 1:
+        try:
+            parse_blend(yaml.safe_load(f"[{','.join(prefix.split())}]"))
+        except (BlendError, yaml.YAMLError):
+            return f"a blend is a list of weights and prefixes, such as '{key}=[0.7,a_text_document,0.3,b_text_document]'"
         return f"a blend is a list: '{key}=[{','.join(prefix.split())}]'"
     return f"make it: {preprocess_command(case, prefix)}"
 

@@ -77,12 +77,20 @@ def weights(case: Case) -> Iterator[Problem]:
 
 
 def in_vain(case: Case) -> Iterator[Problem]:
-    """What only fine-tuning reads does nothing in pretraining."""
+    """What only fine-tuning reads does nothing in pretraining, and what says how to load nothing where nothing is loaded."""
     given = [key for key in ("training.epochs", "data.train", "data.valid") if case.given(key)]
     if given:
         yield Problem(
             f"{' and '.join(given)} {'say' if len(given) > 1 else 'says'} nothing to pretraining",
             case.at(*given),
             "leave out what is of fine-tuning, or give a recipe for `yuan sft`",
+            "warning",
+        )
+    of_load = [key for key in ("checkpoint.finetune", "checkpoint.no_load_optim") if case.given(key) and case.value(key)]
+    if of_load and case.recipe.checkpoint.load is None:
+        yield Problem(
+            f"{' and '.join(of_load)} {'say' if len(of_load) > 1 else 'says'} how to start from a checkpoint, and none is named",
+            case.at(*of_load, "checkpoint.load"),
+            "checkpoint.load=RUN_OR_CHECKPOINT, or " + ", and ".join(f"{key}=false" for key in of_load),
             "warning",
         )

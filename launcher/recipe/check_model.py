@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
+from launcher.recipe.problem import Case, Problem, count, nearest, nearest_divisors
 
 REQUIRED = (
     "model.num_layers",
@@ -50,7 +50,7 @@ def required(case: Case) -> Iterator[Problem]:
             yield Problem(
                 f"{key} is not given",
                 "no recipe and no word of the command line gives it",
-                f"add {key}=… , or take a recipe that has it",
+                f"add {key}=…, or take a recipe that has it",
             )
 
 
@@ -65,6 +65,13 @@ def ranges(case: Case) -> Iterator[Problem]:
         yield from _compare(case, key, lambda value: value < 1, "below 1")
     for key in ("model.rotary_percent", "launch.mfu"):
         yield from _compare(case, key, lambda value: value <= 1, "at most 1")
+
+
+def names(case: Case) -> Iterator[Problem]:
+    """A run's name is that of its folder below runs/, and leads nowhere else."""
+    name = case.recipe.run.name or ""
+    if {".", ".."} & set(name.split("/")):
+        yield Problem(f"run.name {name!r} leads out of runs/", case.at("run.name"), "run.name=NAME, and run.dir=PATH for another place")
 
 
 def generation_ranges(case: Case) -> Iterator[Problem]:
@@ -91,13 +98,14 @@ def shapes(case: Case) -> Iterator[Problem]:
     hidden, heads, groups = m.hidden_size or 0, m.num_attention_heads or 0, m.num_query_groups or 0
     if hidden > 0 and heads > 0 and m.kv_channels is None:
         yield Problem(
-            f"hidden_size {hidden} cannot be shared out over {heads} heads",
+            f"hidden_size {hidden} cannot be shared out over {count(heads, 'head')}",
             case.at("model.hidden_size", "model.num_attention_heads"),
-            f"model.hidden_size={nearest(hidden, heads)}, or another number of heads, or model.kv_channels",
+            f"model.hidden_size={nearest(hidden, heads)}, or model.num_attention_heads={nearest_divisors(hidden, heads)}"
+            f", or model.kv_channels={max(1, hidden // heads)}",
         )
     if heads > 0 and groups > 0 and heads % groups:
         yield Problem(
-            f"{heads} heads cannot be shared out over {groups} query groups",
+            f"{count(heads, 'head')} cannot be shared out over {count(groups, 'query group')}",
             case.at("model.num_attention_heads", "model.num_query_groups"),
             f"model.num_query_groups={nearest_divisors(heads, groups)}",
         )

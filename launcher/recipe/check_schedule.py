@@ -180,7 +180,14 @@ def weight_decay(case: Case) -> Iterator[Problem]:
     for key in missing:
         yield Problem(f"a weight decay that grows needs {key}", case.at("optimizer.weight_decay_incr_style"), f"add {key}=…")
     if not missing and not 0 <= o.start_weight_decay <= o.end_weight_decay:
-        yield Problem("a weight decay grows from 0 or more upward", case.at(*ends), "start at most as high as the end")
+        yield Problem("a weight decay grows from 0 or more upward", case.at(*ends), _growing(o.start_weight_decay, o.end_weight_decay))
+
+
+def _growing(start: float, end: float) -> str:
+    first, last = "optimizer.start_weight_decay", "optimizer.end_weight_decay"
+    if start < 0:
+        return f"{first}=0" if end >= 0 else f"{first}=0, and {last}=0"
+    return f"{last}={start} or more" + (f", or {first}={end}" if end >= 0 else "")
 
 
 def rampup(case: Case) -> Iterator[Problem]:

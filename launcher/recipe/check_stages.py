@@ -7,7 +7,7 @@ from math import gcd
 
 from launcher.recipe.estimate.stages import chunks
 from launcher.recipe.pipeline import LayoutError, parse_layout
-from launcher.recipe.problem import Case, Problem, divisors, nearest, nearest_divisors
+from launcher.recipe.problem import Case, Problem, beside, count, divisors, nearest, nearest_divisors
 from launcher.recipe.ramp import batch_sizes, whole_ramp
 
 PP = "parallel.pipeline_model_parallel_size"
@@ -36,7 +36,7 @@ def pipeline(case: Case) -> Iterator[Problem]:
         yield from _uneven(case, layers, pp)
     elif layers % pp:
         yield Problem(
-            f"{layers} layers cannot be shared out over {pp} pipeline stages",
+            f"{count(layers, 'layer')} cannot be shared out over {count(pp, 'pipeline stage')}",
             case.at("model.num_layers", PP),
             f"model.num_layers={nearest(layers, pp)}, or {PP}={nearest_divisors(layers, pp)}, or stages of your own with {LAYOUT}",
         )
@@ -54,17 +54,17 @@ def _layout(case: Case, layers: int, pp: int) -> Iterator[Problem]:
     yield from _empty_stages(case, stages)
     if len(stages) % pp:
         yield Problem(
-            f"the layout has {len(stages)} stages, no multiple of PP {pp}",
+            f"the layout has {count(len(stages), 'stage')}, no multiple of PP {pp}",
             case.at(LAYOUT, PP),
-            f"{PP}={nearest_divisors(len(stages), pp)}, or {nearest(len(stages), pp)} stages",
+            f"{PP}={nearest_divisors(len(stages), pp)}, or a layout of {nearest(len(stages), pp)} stages",
         )
     if not flat.startswith("E") or not flat.endswith("L") or flat.count("E") != 1 or flat.count("L") != 1:
         yield Problem("a layout has one E, at its beginning, and one L, at its end", case.at(LAYOUT), "such as 'Et*3|t*3L'")
     if flat.count("t") != layers:
         yield Problem(
-            f"the layout places {flat.count('t')} layers, and the model has {layers}",
+            f"the layout places {count(flat.count('t'), 'layer')}, and the model has {layers}",
             case.at(LAYOUT, "model.num_layers"),
-            f"{layers} times t in the layout, or model.num_layers={flat.count('t')}",
+            f"a layout with {layers} times t, or model.num_layers={flat.count('t')}",
         )
 
 
@@ -87,21 +87,35 @@ def _uneven(case: Case, layers: int, pp: int) -> Iterator[Problem]:
             case.at(VP, FIRST, LAST),
             f"{VP}=null, or {LAYOUT}, which can say both",
         )
-    counts = [count for count in (case.value(FIRST), case.value(LAST)) if count is not None]
+    counts = [number for number in (case.value(FIRST), case.value(LAST)) if number is not None]
     left, stages = layers - sum(counts), pp - len(counts)
     if left < 0 or stages < 0 or bool(left) != bool(stages):
+        fixes = _other_counts(case, layers, stages)
+        fixes += [f"{key}=null" for key in (FIRST, LAST) if case.value(key) is not None]
         yield Problem(
-            f"{left} layers are left for the {stages} other stages",
+            f"{count(left, 'layer')} {'is' if left == 1 else 'are'} left for the {count(stages, 'other stage')}",
             case.at("model.num_layers", PP, FIRST, LAST),
-            ", or ".join(f"{key}=null" for key in (FIRST, LAST) if case.value(key) is not None)
-            + ", or other counts: every stage needs a layer and every layer a stage",
+            ", or ".join(fixes),
         )
     elif stages and left % stages:
+        fixes = [f"model.num_layers={' or '.join(str(int(n) + sum(counts)) for n in nearest(left, stages).split(' or '))}"]
         yield Problem(
-            f"the {left} layers between the first and last stage cannot be shared out over {stages} stages",
+            f"the {count(left, 'layer')} between the first and last stage cannot be shared out over {count(stages, 'stage')}",
             case.at("model.num_layers", PP, FIRST, LAST),
-            f"model.num_layers={' or '.join(str(int(n) + sum(counts)) for n in nearest(left, stages).split(' or '))}",
+            ", or ".join(_other_counts(case, layers, stages) + fixes),
         )
+
+
+def _other_counts(case: Case, layers: int, stages: int) -> list[str]:
+    """The counts for the first or the last stage, nearest to the given ones, that leave every other of `stages` as many layers."""
+    fixes = []
+    for key, other in ((FIRST, case.value(LAST)), (LAST, case.value(FIRST))):
+        if case.value(key) is not None and stages >= 0:
+            rest = layers - (other or 0)
+            fits = [rest - each * stages for each in range(1, layers + 1) if 0 < rest - each * stages < layers]
+            values = beside(fits, case.value(key))
+            fixes += [f"{key}={' or '.join(map(str, values))}"] if values else []
+    return fixes
 
 
 def interleaving(case: Case) -> Iterator[Problem]:
@@ -121,7 +135,7 @@ def interleaving(case: Case) -> Iterator[Problem]:
         per_stage = layers // pp
         if per_stage % per_virtual:
             yield Problem(
-                f"a stage's {per_stage} layers cannot be cut into virtual stages of {per_virtual}",
+                f"a stage's {count(per_stage, 'layer')} cannot be cut into virtual stages of {per_virtual}",
                 case.at("model.num_layers", PP, VP),
                 f"{VP}={nearest_divisors(per_stage, per_virtual)}",
             )
@@ -180,11 +194,11 @@ def _uniform_chunks(case: Case, key: str) -> Iterator[Problem]:
     if number < 1 or not case.recipe.model.num_layers or any(problem.severity == "error" for problem in pipeline(case)):
         return
     counts = {chunk.layers for rank in chunks(case.recipe) for chunk in rank if chunk.layers}
-    uneven = sorted(count for count in counts if count % number)
+    uneven = sorted(layers for layers in counts if layers % number)
     if uneven:
         fits = [d for d in divisors(gcd(*counts)) if d <= number]
         yield Problem(
-            f"{number} layers are recomputed at once, and a stage has {' or '.join(map(str, uneven))}: that is no multiple",
+            f"{count(number, 'layer')} {'is' if number == 1 else 'are'} recomputed at once, and a stage has {' or '.join(map(str, uneven))}: that is no multiple",
             case.at(key, "parallel.recompute_method", PP),
             f"{key}={fits[-1]}, or parallel.recompute_method=block",
         )
