@@ -100,7 +100,7 @@ def read_flags(call: Call, verb: str) -> list[Line]:
     lines = list(call.launcher)
     for number, (name, words) in enumerate(_split(call, verb), 1):
         try:
-            lines.append(_one(str(number), name, words, verb) if name.startswith("--") else _unknown(str(number), name))
+            lines.append(_one(str(number), name, words, verb) if name.startswith("--") else _unknown(str(number), name, words))
         except UserError as error:
             faults.append(UserError(error.what, call.place, error.fix))
     raise_all(faults)
@@ -145,10 +145,11 @@ def _wants_more(name: str, words: list[str], verb: str) -> bool:
     return not words or bool(flag and flag.kind == "list" and isinstance(_number(words[-1]), (int, float)))
 
 
-def _unknown(place: str, word: str) -> Line:
-    if word.strip('"') in ("$@", "$*"):
+def _unknown(place: str, word: str, words: list[str]) -> Line:
+    """A variable that nothing sets; `words` follow it without a flag of their own, and may be a value of what it holds."""
+    if word.strip('"') in ("$@", "$*") and not words:
         return Line(place, word, "", note="dropped: no arguments are given")
-    return Line(place, word, "", lost="nothing here sets it: the flags that it stands for are missing")
+    return Line(place, word, " ".join(words), lost="nothing here sets it: the flags that it stands for are missing")
 
 
 def _one(place: str, written: str, words: list[str], verb: str) -> Line:

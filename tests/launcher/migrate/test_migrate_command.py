@@ -94,6 +94,11 @@ def test_a_variable_that_nothing_sets_is_missing_and_no_flags_value(migrated, be
     assert "#   missing: $OPTS: nothing here sets it" in text
 
 
+def test_a_word_behind_such_a_variable_is_not_lost(migrated):
+    report = migrated(f"{GPT} $OPTS 70 --lr 1e-4")[1]
+    assert "$OPTS 70: nothing here sets it" in report
+
+
 @pytest.mark.parametrize("start", ["torchrun $DISTRIBUTED_ARGS", "$PYTHON", "$LAUNCHER"])
 def test_a_launcher_that_nothing_sets_is_missing(migrated, start):
     values, report = migrated(f"{start} {GPT.split(' ', 3)[3]}")
