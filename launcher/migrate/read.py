@@ -41,7 +41,7 @@ SERVERS = re.compile(r"run_inference_server_(2\.1B|51B|102B)\.sh")
 OF_YUAN = ["ckpt_partitions_51B.sh", "ckpt_partitions_102B.sh"]
 OF_YUAN += [f"run_inference_server_{size}.sh" for size in ("2.1B", "51B", "102B")]
 KNOWN = [*POSITIONAL, *OF_YUAN, *WITH_FLAGS]
-ON_GPUS = ("pretrain", "sft", "generate", "serve")  # all of these programs need them
+ON_GPUS = ("pretrain", "sft", "generate", "serve")  # all of these programs need them, but for trials over gloo
 ASSUMED = {"launch.device": "cuda", "launch.gpu_memory_gib": 80}
 DEPTH = 3  # scripts that call scripts
 
@@ -68,7 +68,7 @@ def migrate(words: list[str]) -> tuple[list[Migration], list[str]]:
         finder.command(Command(words))
     _name_apart(finder.found)
     for one in finder.found:
-        if one.verb in ON_GPUS:
+        if one.verb in ON_GPUS and not any((line.name, line.value) == ("--distributed-backend", "gloo") for line in one.lines):
             one.lines.append(Line("assumed", "GPU", "", dict(ASSUMED), note="the old command does not say what its GPUs are"))
     return finder.found, finder.notes
 

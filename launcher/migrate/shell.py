@@ -1,7 +1,7 @@
 """A shell script's commands with their variables filled in, without running anything.
 
 Understood: assignments (also `export`), quotes, `$X`, `${X}`, `${X:-y}`, `$1`, arrays, `$((...))` on whole numbers, line
-continuation, `if` on strings and numbers, `case` on strings. Anything else is noted with its line. A variable that nothing
+continuation, `shift`, `if` on strings and numbers, `case` on strings. Anything else is noted with its line. A variable that nothing
 sets stays as `$X`.
 """
 
@@ -65,10 +65,16 @@ def read_script(text: str, variables: Variables | None = None, arguments: list[s
         arguments: its `$1`, `$2`, …
     """
     script = Script(variables=dict(variables or {}), exported=set(variables or {}))
-    script.variables |= {str(number): word for number, word in enumerate(arguments or [], 1)}
-    script.variables["@"] = list(arguments or [])
+    _give(script.variables, list(arguments or []))
     _Reader(script).read(PROMPT.sub("", text.replace("\r\n", "\n")))
     return script
+
+
+def _give(variables: Variables, arguments: list[str]) -> None:
+    """`$1`, `$2`, … and `$@`."""
+    for name in [name for name in variables if name.isdigit()]:
+        del variables[name]
+    variables |= {str(number): word for number, word in enumerate(arguments, 1)} | {"@": arguments}
 
 
 @dataclass
@@ -274,7 +280,9 @@ class _Reader:
             variables |= before
             return
         words = [word for token in tokens for word in expand(token, variables)]
-        if words:
+        if words[:1] == ["shift"] and len(words) < 3 and "".join(words[1:]).isdigit() is (len(words) == 2):
+            _give(variables, variables["@"][int((words[1:] or ["1"])[0]) :])
+        elif words:
             flat = {**variables, **before}
             known = {name: value if isinstance(value, str) else " ".join(value) for name, value in flat.items()}
             inherited = frozenset(self.script.exported | before.keys())

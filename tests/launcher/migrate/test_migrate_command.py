@@ -127,6 +127,7 @@ def test_a_recipe_of_gpus_is_for_gpus(yuan, here):
     yuan("migrate", SCRIPT)
     recipe = load(["recipe=train_gpt2_345m_1dp1pp_distributed"]).recipe
     assert (recipe.derived.device, recipe.launch.gpu_memory_gib) == ("cuda", 80)
+    assert "device" not in yuan("migrate", "--output", "-", f"{GPT} --distributed-backend gloo")
     assert "device" not in yuan("migrate", "--output", "-", "python tools/preprocess_data.py --input a.jsonl --output-prefix a")
 
 

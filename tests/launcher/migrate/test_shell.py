@@ -82,6 +82,8 @@ def words_of(script: str, **options) -> list[list[str]]:
     ("root@instance-x:/workspace/Megatron-LM# run a \\\n  b", ["run", "a", "b"]),
     ("run a \\  \n  b", ["run", "a", "b"]),
     ("run $1 \"${2}\" \"$@\"", ["run", "one", "t w o", "one", "t w o"]),
+    ('shift\nrun $# "$1" "$@"', ["run", "1", "t w o", "t w o"]),
+    ("shift 2\nrun $# $1 $@", ["run", "0", "$1"]),
     ('run "$#" "$*"', ["run", "2", "one t w o"]),
     ("ARGS=(--a 1 --b '2 3')\nARGS+=(--c)\nrun ${ARGS[@]:-}\nrun \"${ARGS[@]}\"", ["run", "--a", "1", "--b", "2 3", "--c"]),
 ])  # fmt: skip
