@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from launcher.errors import UserError
+from launcher.errors import UserError, wrapped
 from launcher.migrate import verdict
 from launcher.migrate.read import migrate as read
 from launcher.migrate.result import Migration
@@ -61,7 +62,7 @@ def migrate(
         if not to_stdout:
             print("\n".join(verdict.lines(one)))
     for note in [] if to_stdout else notes:
-        print(f"left out   {note}")
+        print(wrapped(f"left out   {note}", sys.stdout))
 
 
 def _target(one: Migration, output: Path | None, count: int, dry_run: bool) -> Path | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
-from launcher.errors import UserError
+from launcher.errors import UserError, wrapped
 from launcher.migrate.result import Migration
 from launcher.migrate.write import recipe_text
 from launcher.recipe import check_answering, check_conversion, check_layout, check_memory, check_model, check_schedule, check_stages, load
@@ -40,4 +41,4 @@ def lines(migration: Migration) -> list[str]:
         return [f"checked    the values go together; files and this machine: yuan check recipe={migration.name}"]
     errors = sum(problem.severity == "error" for problem in found)
     said = f"it would not run: {errors} error{'s' * (errors > 1)}" if errors else "the values go together, and are odd in places"
-    return [f"checked    {said}", *(f"{problem.severity}: {problem.as_error()}" for problem in found)]
+    return [f"checked    {said}", *(wrapped(f"{problem.severity}: {problem.as_error()}", sys.stdout) for problem in found)]
