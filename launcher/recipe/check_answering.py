@@ -45,7 +45,7 @@ def memory(case: Case) -> Iterator[Problem]:
 
 def _reckonable(case: Case) -> bool:
     """Whether the sizes are there and valid; where not, other rules say so."""
-    rules = (ranges, check_layout.world, check_layout.tensor_parallel, check_stages.pipeline)
+    rules = (ranges, check_layout.world, check_layout.machines, check_layout.tensor_parallel, check_stages.pipeline)
     return not missing(case, *NEEDED) and not any(one.severity == "error" for rule in rules for one in rule(case))
 
 

@@ -10,7 +10,7 @@ from launcher.recipe.check_answering import memory
 from launcher.recipe.estimate.answering import answering_memory
 from launcher.recipe.problem import Case
 
-ONE = ["recipe=generate_llama2_70b", "parallel.tensor_model_parallel_size=1", "launch.nproc_per_node=1"]
+ONE = ["recipe=generate_llama2_70b", "parallel.tensor_model_parallel_size=1", "launch.nproc_per_node=1", "launch.gpu_memory_gib=80"]
 
 
 def said(*words: str, **options: bool):
@@ -70,4 +70,5 @@ def test_sizes_that_only_the_checkpoint_has_are_not_guessed(workspace):
     loaded = load(ONE)
     broken = replace(loaded.recipe, model=replace(loaded.recipe.model, num_attention_heads=-8))
     assert list(memory(Case(broken, loaded.sources))) == []
+    assert said(*ONE, "launch.device=cpu", "launch.node_rank=3") == []  # no such machine, which `machines` says
     assert all(memory in CHECKS[verb] for verb in ("generate", "serve"))
