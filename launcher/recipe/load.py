@@ -66,7 +66,7 @@ def load(
     words_given, names = from_words(words, faults)
     if len(names) > 1:
         faults.append(
-            UserError(
+            Unread(  # which of them is meant is not known
                 f"two recipes are named: {' and '.join(names)}", "command line", "name one; a recipe's `base:` joins several"
             )
         )

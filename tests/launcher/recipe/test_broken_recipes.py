@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import cli
+from launcher.recipe import load
 from launcher.recipe.check import CHECKS, check
 from launcher.recipe.keys import table
 from launcher.recipe.resolve import resolve
@@ -286,6 +287,38 @@ def test_a_launch_tells_faults_of_keys_and_of_rules_together(yuan_check, monkeyp
         cli.main()
     assert end.value.code == 2
     assert len(errors_of(capsys.readouterr().err)) == 2
+
+
+SIZES = {
+    "launch.nproc_per_node": [1, 2, 3, 4, 6, 8],
+    "launch.nnodes": [1, 2, 3],
+    "parallel.tensor_model_parallel_size": [1, 2, 3, 4, 8],
+    "parallel.pipeline_model_parallel_size": [1, 2, 3, 4],
+    "parallel.num_layers_per_virtual_pipeline_stage": [1, 2, 3],
+    "parallel.decoder_first_pipeline_num_layers": [1, 3],
+    "model.num_attention_heads": [4, 6, 8, 12],
+    "model.num_query_groups": [1, 2, 3, 4, 6],
+    "model.hidden_size": [96, 252, 256, 768],
+    "training.global_batch_size": [7, 8, 16, 24],
+    "training.micro_batch_size": [1, 2, 3],
+    "optimizer.lr_warmup_tokens": [10**5, 10**7],
+}
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=6, unique=True).flatmap(
+    lambda keys: st.fixed_dictionaries({key: st.sampled_from(SIZES[key]) for key in keys})
+))  # fmt: skip
+def test_what_is_offered_for_sizes_that_do_not_fit_mends_its_fault_and_makes_no_other(sizes):
+    def faults_of(changes: dict[str, object]) -> dict[str, str]:
+        loaded = load([f"{key}={value}" for key, value in changes.items()], default="345m_1dp")
+        return {one.what: one.fix for one in check(loaded.recipe, loaded.sources) if one.severity == "error"}
+
+    faults = faults_of(sizes)
+    for fault, fix in faults.items():
+        for change in offered(f"  fix:   {fix}"):
+            left = faults_of(sizes | dict(word.split("=") for word in change.split()))
+            assert left.keys() <= faults.keys() - {fault}, (fault, change)
 
 
 @settings(deadline=None, max_examples=200)
