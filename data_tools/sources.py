@@ -5,19 +5,17 @@ A block is the unit of work and of continuing after a break: the same input is a
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
+from data_tools.compression import SUFFIXES, compression_of, decompressed
 from data_tools.errors import InputError
 
 Format = Literal["jsonl", "json", "text", "yuan", "parquet"]
@@ -29,13 +27,6 @@ FORMATS: dict[str, str] = {
     "parquet": "a column of texts",
 }
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet", ".json": "json"}
-_COMPRESSED = {  # the first bytes; bzip2's three letters alone may begin a text
-    re.compile(rb"\x1f\x8b"): "gzip",
-    re.compile(rb"\xfd7zXZ\x00"): "xz",
-    re.compile(rb"\x28\xb5\x2f\xfd"): "zstd",
-    re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", re.DOTALL): "bzip2",
-}
-_COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
 _BOM = b"\xef\xbb\xbf"
 _SKIPPED = (".bin", ".idx", ".lock", ".part", ".md", ".py", ".yaml", ".model")  # beside corpora in folders, and no corpus
 _READ = 1 << 20
@@ -149,14 +140,14 @@ def _source(path: str, format: Format | None) -> Source:
         raise InputError(f"no such file: {path}" if not file.exists() else f"not a file: {path}", "", "give a JSONL file")
     with open(file, "rb") as opened:
         start = opened.read(10)
-    compression = next((name for magic, name in _COMPRESSED.items() if magic.match(start)), None)
+    compression = compression_of(start)
     found = Source(path, file.stat().st_size, compression, format or "jsonl")
     return found if format else Source(path, found.size, compression, _format(found, start))
 
 
 def _format(source: Source, start: bytes) -> Format:
     name = source.path
-    for suffix in _COMPRESSED_SUFFIXES:
+    for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     if start.startswith(b"PAR1"):
         return "parquet"
@@ -164,17 +155,8 @@ def _format(source: Source, start: bytes) -> Format:
     if told != "json":
         return told
     with open(source.path, "rb") as raw, _readable(source):  # .json is an array (WuDao's) or lines
-        head = decompressed(source, raw).read(4096).removeprefix(_BOM).lstrip()
+        head = decompressed(source.compression, raw).read(4096).removeprefix(_BOM).lstrip()
     return "json" if head.startswith(b"[") else "jsonl"
-
-
-def decompressed(source: Source, raw: BinaryIO) -> BinaryIO:
-    """The bytes of the opened file `raw`, decompressed while they are read."""
-    if source.compression is None:
-        return raw
-    if source.compression == "zstd":
-        return io.BufferedReader(_Zstandard(raw), _READ)
-    return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[source.compression](raw, "rb")  # type: ignore[return-value]
 
 
 @contextmanager
@@ -187,39 +169,6 @@ def _readable(source: Source) -> Iterator[None]:
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         what = f"the {source.compression or source.format} data cannot be read: {error}"
         raise InputError(what, source.path, "fetch the file again") from error
-
-
-class _Zstandard(io.RawIOBase):
-    """Frames of zstd one after another. The library's own reader takes a file that breaks off for one that ends."""
-
-    def __init__(self, raw: BinaryIO):
-        import zstandard
-
-        self._raw, self._decompressor, self._error = raw, zstandard.ZstdDecompressor(), zstandard.ZstdError
-        self._frame: Any = None
-        self._held, self._pending = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._held:
-            data = self._pending or self._raw.read(_READ)
-            self._pending = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("it breaks off in the middle")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._held = self._frame.decompress(data)
-            except self._error as error:
-                raise OSError(str(error)) from None
-            if self._frame.eof:
-                self._pending, self._frame = self._frame.unused_data, None
-        size = min(len(target), len(self._held))
-        target[:size], self._held = self._held[:size], self._held[size:]
-        return size
 
 
 def blocks(source: Source, block_bytes: int, keys: Sequence[str], start: int = 0, end: int | None = None) -> Iterator[Block]:
@@ -273,7 +222,7 @@ def _line_start(file: BinaryIO, at: int) -> int:
 
 
 def _stream_lines(source: Source, raw: BinaryIO) -> Iterator[bytes]:
-    stream = decompressed(source, raw)
+    stream = decompressed(source.compression, raw)
     if source.format == "json":
         yield from _array_items(stream, source.path)
         return
