@@ -18,6 +18,7 @@ def here(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("YUAN_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("COLUMNS", "100")  # what a report is wrapped to, whatever runs the tests
     return folder
 
 
