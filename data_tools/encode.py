@@ -117,17 +117,19 @@ class BlockEncoder:
         if before and before.input_sha256 == digest:
             return before
         part = Part(number, digest, [Counts(bytes=block.size) for _ in self.keys])
-        sizes: list[list[Column]] = [[] for _ in self.keys]
+        lengths: list[list[np.ndarray]] = [[] for _ in self.keys]
+        sequences: list[list[np.ndarray]] = [[] for _ in self.keys]
         with ExitStack() as stack:
             outputs = [stack.enter_context(open(files.tokens(i), "wb")) for i in range(len(self.keys))]
             for columns in self._batches(block, lines, part):
-                for column, output, done, count in zip(columns, outputs, sizes, part.counts, strict=True):
-                    column.tokens.astype(dtype).tofile(output)
-                    done.append(Column(column.tokens[:0], column.lengths, column.sequences))
-                    count.add(Counts(len(column.sequences), 0, len(column.tokens), int(column.tokens.max()) if len(column.tokens) else -1))
-        for i, done in enumerate(sizes):
-            lengths, sequences = (np.concatenate([getattr(c, name) for c in done] or [_NONE]) for name in ("lengths", "sequences"))
-            np.savez(files.sizes(i), lengths=lengths.astype("<i4"), sequences=sequences.astype("<i4"))
+                for i, column in enumerate(columns):
+                    column.tokens.astype(dtype).tofile(outputs[i])
+                    lengths[i].append(column.lengths.astype("<i4"))
+                    sequences[i].append(column.sequences.astype("<i4"))
+                    largest = int(column.tokens.max()) if len(column.tokens) else -1
+                    part.counts[i].add(Counts(len(column.sequences), 0, len(column.tokens), largest))
+        for i in range(len(self.keys)):
+            np.savez(files.sizes(i), lengths=np.concatenate(lengths[i] or [_NONE]), sequences=np.concatenate(sequences[i] or [_NONE]))
         files.write(part)
         return part
 

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,9 +106,9 @@ def find_sources(inputs: str | Path | Sequence[str | Path], format: Format | Non
     paths = [path for one in given for path in _expand(str(one))]
     if not paths:
         raise InputError("no input files", "preprocess.input", "give a JSONL file, or a folder of such")
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(paths) < 1000 else []
+    twice = [path for path, times in Counter(paths).items() if times > 1]
     if twice:
-        raise InputError(f"named twice: {twice[0]}", "preprocess.input", "name each file once")
+        raise InputError(f"named twice: {min(twice)}", "preprocess.input", "name each file once")
     return [_source(path, format) for path in paths]
 
 

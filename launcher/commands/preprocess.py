@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands.data import build_index
+from launcher.commands.data_inspect import plural
 from launcher.commands.tokenizer import (
     MergeFile,
     PlainSpecialTokens,
@@ -115,7 +116,7 @@ def _run(loaded: Loaded) -> None:
     size = sum(end - start for _, start, end in shares(sources, shard))
     files = sources[0].path if len(sources) == 1 else f"{len(sources)} files, {sources[0].path} to {sources[-1].path}"
     share = f", share {asked.shard}" if asked.shard else ""
-    keys = f"{_plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}"
+    keys = f"{plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}"
     typer.echo(f"input      {files} ({_megabytes(size)}, {' and '.join(sorted({s.format for s in sources}))}{share}), {keys}")
     ending = f"every document ends with {tokenizer.eod}" if asked.append_eod else "no end-of-document ids (see --append-eod)"
     engine = "" if tokenizer.engine == tokenizer.type else f" by {tokenizer.engine}"
@@ -148,7 +149,7 @@ def _run(loaded: Loaded) -> None:
 def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: float) -> None:
     tokens, read = sum(count.tokens for count in counts), counts[0].bytes
     typer.echo(
-        f"done       {_plural(counts[0].documents, 'document')}, {tokens:,} tokens, {_megabytes(read)} in {seconds:.1f} s"
+        f"done       {plural(counts[0].documents, 'document')}, {tokens:,} tokens, {_megabytes(read)} in {seconds:.1f} s"
         f" ({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s)"
     )
     _report_left_out(prefixes[0], counts[0])
@@ -174,9 +175,9 @@ def _report_left_out(prefix: str, count: Counts) -> None:
     from data_tools.indexed import IndexedReader
 
     if count.blank:
-        typer.echo(f"left out   {_plural(count.blank, 'blank line')}")
+        typer.echo(f"left out   {plural(count.blank, 'blank line')}")
     if count.bad:
-        typer.echo(f"left out   {_plural(count.bad, 'bad line')}, such as")
+        typer.echo(f"left out   {plural(count.bad, 'bad line')}, such as")
         for line in (IndexedReader(prefix).description or {}).get("first_bad_lines", []):
             typer.echo(f"           {line}")
 
@@ -192,10 +193,6 @@ def _next_command(loaded: Loaded, prefix: str) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class _Meter:
