@@ -21,6 +21,7 @@ from launcher.recipe import (
     check_slurm,
     check_stages,
 )
+from launcher.recipe.estimate.change import LAYOUT
 from launcher.recipe.keys import table
 from launcher.recipe.load import Loaded
 from launcher.recipe.offers import keep_sound
@@ -34,14 +35,7 @@ _TRAINING: tuple[Check, ...] = (
     check_model.shapes,
     check_model.precision,
     check_model.family,
-    check_layout.world,
-    check_layout.batch,
-    check_layout.tensor_parallel,
-    check_stages.pipeline,
-    check_stages.interleaving,
-    check_stages.recompute,
-    check_layout.data_parallel,
-    check_layout.machines,
+    *LAYOUT,
     check_layout.gpus,
     check_slurm.slurm,
     check_schedule.units,

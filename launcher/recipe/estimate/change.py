@@ -12,7 +12,7 @@ from launcher.recipe.schema import Recipe
 
 Change = dict[str, object]  # dotted keys and their new values
 
-RULES: tuple[Check, ...] = (  # those of `check` that a layout can break
+LAYOUT: tuple[Check, ...] = (  # the rules of `check` about how processes share a model and a batch
     check_layout.world,
     check_layout.batch,
     check_layout.tensor_parallel,
@@ -21,8 +21,8 @@ RULES: tuple[Check, ...] = (  # those of `check` that a layout can break
     check_stages.recompute,
     check_layout.data_parallel,
     check_layout.machines,
-    check_schedule.rampup,
 )
+RULES = (*LAYOUT, check_schedule.rampup)  # those that another layout can break
 
 
 def changed(recipe: Recipe, change: Change) -> Recipe:

@@ -11,6 +11,7 @@ from launcher.recipe.estimate.time import total_flops, training_seconds
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import flops_per_token
 
+
 def estimate(recipe: Recipe) -> dict[str, str]:
     """Name → text of every line about memory and time, for `yuan check`; the text of `memory` may have several lines."""
     return {"memory": _memory(recipe), "arithmetic": _arithmetic(recipe), "assumed": _assumed(recipe)}
