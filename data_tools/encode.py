@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -53,7 +52,8 @@ class Part:
 
 @dataclass
 class Column:
-    """One key of some documents: all tokens, the length of each sequence, the number of sequences of each document."""
+    """One key of some documents: all tokens in the dtype that is written, the length of each sequence and the number of
+    sequences of each document, int32."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -71,8 +71,13 @@ class PartFiles:
         return Path(f"{self._stem}.{key}.bin")
 
     def sizes(self, key: int) -> Path:
-        """An .npz of int32 arrays: `lengths` of the sequences, `sequences` of each document."""
-        return Path(f"{self._stem}.{key}.npz")
+        """Raw int32: the number of sequences of each document, then the length of each sequence."""
+        return Path(f"{self._stem}.{key}.sizes")
+
+    def read_sizes(self, key: int, documents: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths of the sequences, number of sequences of each document."""
+        sizes = np.fromfile(self.sizes(key), dtype="<i4")
+        return sizes[documents:], sizes[:documents]
 
     def read(self, itemsize: int) -> Part | None:
         """The part, where it is whole; `itemsize` is that of a token in bytes."""
@@ -110,26 +115,24 @@ class BlockEncoder:
 
     def __call__(self, item: tuple[int, Block]) -> Part:
         number, block = item
-        lines = block.read()
-        files, dtype = PartFiles(self.folder, number), token_dtype(self.tokenizer.vocab_size)
-        digest = hashlib.sha256(b"".join(lines)).hexdigest()
-        before = files.read(dtype.itemsize)
+        lines, digest = block.read_hashed()
+        files = PartFiles(self.folder, number)
+        before = files.read(self._dtype.itemsize)
         if before and before.input_sha256 == digest:
             return before
         part = Part(number, digest, [Counts(bytes=block.size) for _ in self.keys])
-        lengths: list[list[np.ndarray]] = [[] for _ in self.keys]
-        sequences: list[list[np.ndarray]] = [[] for _ in self.keys]
+        sizes: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in self.keys]
         with ExitStack() as stack:
             outputs = [stack.enter_context(open(files.tokens(i), "wb")) for i in range(len(self.keys))]
             for columns in self._batches(block, lines, part):
                 for i, column in enumerate(columns):
-                    column.tokens.astype(dtype).tofile(outputs[i])
-                    lengths[i].append(column.lengths.astype("<i4"))
-                    sequences[i].append(column.sequences.astype("<i4"))
+                    column.tokens.tofile(outputs[i])
+                    sizes[i][0].append(column.sequences)
+                    sizes[i][1].append(column.lengths)
                     largest = int(column.tokens.max()) if len(column.tokens) else -1
                     part.counts[i].add(Counts(len(column.sequences), 0, len(column.tokens), largest))
         for i in range(len(self.keys)):
-            np.savez(files.sizes(i), lengths=np.concatenate(lengths[i] or [_NONE]), sequences=np.concatenate(sequences[i] or [_NONE]))
+            np.concatenate([*sizes[i][0], *sizes[i][1], _NONE]).tofile(files.sizes(i))
         files.write(part)
         return part
 
@@ -206,19 +209,24 @@ class BlockEncoder:
     def _column(self, texts: list[str], sentences: np.ndarray) -> Column:
         """Texts, of which each document has so many, as ids. As Megatron-LM: an empty sentence is no sequence, and a
         document without any gets no end of document either."""
-        flat, lengths = self.tokenizer.encode_arrays(texts)
+        ids, lengths = self.tokenizer.encode_arrays(texts)
+        tokens = ids.astype(self._dtype)
         document = np.repeat(np.arange(len(sentences)), sentences)[lengths > 0]
         lengths = lengths[lengths > 0]
         sequences = np.bincount(document, minlength=len(sentences))
         if self.append_eod and len(lengths):
             last = np.append(document[1:] != document[:-1], True)
             lengths = lengths + last
-            is_text = np.ones(len(flat) + int(last.sum()), dtype=bool)
+            is_text = np.ones(len(tokens) + int(last.sum()), dtype=bool)
             is_text[np.cumsum(lengths)[last] - 1] = False
-            ended = np.full(len(is_text), self.tokenizer.eod, dtype=flat.dtype)
-            ended[is_text] = flat
-            flat = ended
-        return Column(flat, lengths, sequences)
+            ended = np.full(len(is_text), self.tokenizer.eod, dtype=self._dtype)
+            ended[is_text] = tokens
+            tokens = ended
+        return Column(tokens, lengths.astype("<i4"), sequences.astype("<i4"))
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return token_dtype(self.tokenizer.vocab_size)
 
 
 def too_many_bad(allowed: int, lines: Sequence[tuple[str, str, str]]) -> InputError:

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from data_tools.encode import BAD_SHOWN, BlockEncoder, Counts, Part, PartFiles, too_many_bad
 from data_tools.errors import InputError
 from data_tools.indexed import IndexedWriter, token_dtype
@@ -24,7 +22,7 @@ from data_tools.parallel import ordered_map
 from data_tools.sources import Block, Format, Source, blocks, find_sources
 from data_tools.tokenizers import Tokenizer
 
-_SMALLEST_PART, _LARGEST_PART = 1 << 20, 1 << 24
+_SMALLEST_PART, _LARGEST_PART = 1 << 21, 1 << 24
 _PARTS = 64  # of a small input, so that the workers end together
 
 
@@ -160,8 +158,7 @@ def _encode_all(encode: BlockEncoder, items: Iterator[tuple[int, Block]], worker
 def _join(part: Part, folder: Path, writers: list[IndexedWriter]) -> None:
     files = PartFiles(folder, part.number)
     for i, writer in enumerate(writers):
-        with np.load(files.sizes(i)) as sizes:
-            writer.add_file(files.tokens(i), sizes["lengths"], sizes["sequences"])
+        writer.add_file(files.tokens(i), *files.read_sizes(i, part.counts[i].documents))
 
 
 def _empty(counts: dict[str, Counts], path: str) -> InputError:

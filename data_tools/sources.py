@@ -5,6 +5,7 @@ A block is the unit of work and of continuing after a break: the same input is a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import lzma
@@ -68,14 +69,20 @@ class Block:
 
     def read(self) -> list[bytes]:
         """The lines as bytes, each with its line end."""
+        return list(self.lines) if self.lines is not None else io.BytesIO(self._range()).readlines()
+
+    def read_hashed(self) -> tuple[list[bytes], str]:
+        """The lines as of `read`, and the sha256 of them all in hex."""
         if self.lines is not None:
-            return list(self.lines)
+            return list(self.lines), hashlib.sha256(b"".join(self.lines)).hexdigest()
+        data = self._range()
+        return io.BytesIO(data).readlines(), hashlib.sha256(data).hexdigest()
+
+    def _range(self) -> bytes:
         with open(self.source.path, "rb") as file:
             file.seek(self.start)
             data = file.read(self.end - self.start)
-        if self.start == 0:
-            data = data.removeprefix(_BOM)
-        return io.BytesIO(data).readlines()
+        return data.removeprefix(_BOM) if self.start == 0 else data
 
     def place(self, index: int) -> str:
         """`file:line` of the block's line `index`, from 0; `file[item]` in a JSON array or a Parquet file."""

@@ -199,5 +199,5 @@ def _input_hash(sources: list[Source], part: dict[str, Any], manifest: dict[str,
     keys = part.get("json_keys", manifest.get("json_keys", []))
     for source, start, end in shares(sources, tuple(part["shard"])):
         for block in blocks(source, part["part_bytes"], keys, start, end):
-            digest.update(hashlib.sha256(b"".join(block.read())).hexdigest().encode())
+            digest.update(block.read_hashed()[1].encode())
     return digest.hexdigest()
