@@ -84,6 +84,6 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, vp_stage: int | None, layer: ModuleSpec) -> TransformerBlockSubmodules:
     """The layers of one model chunk, and its final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)

@@ -20,8 +20,10 @@ def transformer_engine(recipe: Recipe) -> bool:
     """Whether Transformer Engine's layers are used: where it is installed and there is a GPU.
 
     Not with a document mask: Megatron's spec tells Transformer Engine that the mask is causal, and it looks at no other.
+    Not with Yuan's filter: it stands between the norm and the projection that Transformer Engine fuses.
     """
-    return HAVE_TE and recipe.derived.device == "cuda" and not recipe.data.reset_attention_mask
+    fits = recipe.model.family != "yuan2" and not recipe.data.reset_attention_mask
+    return HAVE_TE and recipe.derived.device == "cuda" and fits
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -76,16 +78,22 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 
 def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> GPTModel:
     """One chunk of the model on this rank; `pre` holds the embedding, `post` the output layer and the loss."""
-    model = recipe.model
+    model, kind, more = recipe.model, GPTModel, {}
     if transformer_engine(recipe):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
-        from launcher.engine.layers import block_spec
+        from launcher.engine.layers import block_spec, layer_spec
 
-        spec = block_spec(config, vp_stage)
-    return GPTModel(
+        layer = layer_spec()
+        if model.family == "yuan2":
+            from launcher.engine.models import yuan2
+
+            kind, layer = yuan2.Yuan2Model, yuan2.layer_spec(layer)
+            more = {"rotary_by_position": recipe.data.reset_position_ids, "rotary_bf16": model.rotary_bf16}
+        spec = block_spec(config, vp_stage, layer)
+    return kind(
         config,
         spec,
         vocab_size=recipe.derived.padded_vocab_size,
@@ -98,6 +106,7 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
+        **more,
     )
 
 

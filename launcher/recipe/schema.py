@@ -35,6 +35,8 @@ class Model:
     """RoPE theta."""
     rotary_percent: float = 1.0
     """Share of a head's width that RoPE turns."""
+    rotary_bf16: bool = False
+    """Ours, yuan2: RoPE's angles rounded to bf16, as the released weights of Yuan 2.0 were trained. Else fp32, for all others."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm."""
     norm_epsilon: float = 1e-5
