@@ -1,0 +1,195 @@
+"""torch.save's files and other pickles, read without executing anything in them.
+
+A pickle is a program: it names functions and calls them. Here a name gets what is on a list, all of it harmless: tensors
+become `Stored`, the settings of a training a Namespace, classes that are only carried along `Inert`; another name is
+refused. A tensor's bytes are not read: a file of 10 GB is opened in milliseconds.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from checkpoints.files.stored import Stored
+from checkpoints.folder import CheckpointError
+
+_STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+# What checkpoints of Megatron-LM and its kin carry besides tensors, as classes of these packages: never imported, never run.
+_CARRIED = ("megatron.", "megatron_patch.", "transformer_engine.", "numpy.", "torch.distributed.", "transformers.")
+_CARRIED_NAMES = {
+    "numpy.ndarray", "numpy.dtype", "_codecs.encode", "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath", "io.BytesIO",
+    "torch.device", "torch.Size", "torch.storage._load_from_bytes",
+}  # fmt: skip
+
+
+class Inert:
+    """Stands for an object that is not needed: takes whatever it is given and does nothing with it."""
+
+    def __init__(self, *given: Any):
+        self.given = given
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, value: Any) -> None: ...
+    def extend(self, values: Any) -> None: ...
+
+
+class Unpickler(pickle.Unpickler):
+    """Gives every name that a pickle asks for what `allowed` has for it, and refuses the others."""
+
+    def __init__(self, file: BinaryIO, allowed: Mapping[str, Any], path: Path):
+        super().__init__(file)
+        self._allowed, self._path = allowed, path
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in self._allowed:
+            return self._allowed[full]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if full in _CARRIED_NAMES or module.startswith(_CARRIED):
+            return Inert
+        raise CheckpointError(f"{self._path} asks for {full}, which no checkpoint needs: nothing of it was run. Do not trust this file")
+
+    def read(self) -> Any:
+        """The object.
+
+        Raises:
+            CheckpointError: it is damaged, or asks for what is not allowed.
+        """
+        try:
+            return self.load()
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle raises a dozen kinds
+            raise CheckpointError(f"{self._path} is damaged: {type(error).__name__}: {error}") from error
+
+
+class _TorchUnpickler(Unpickler):
+    """For the pickle inside torch.save's archive; `places` are the bytes of its storages, by key: (offset, size)."""
+
+    def __init__(self, file: BinaryIO, path: Path, places: Mapping[str, tuple[int, int]]):
+        allowed = {f"torch.{name}": dtype for name, dtype in _STORAGES.items()} | {
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
+            "collections.OrderedDict": OrderedDict,
+            "argparse.Namespace": Namespace,
+            "types.SimpleNamespace": Namespace,
+        }
+        super().__init__(file, allowed, path)
+        self._places = places
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
+        _, dtype, key, _, count = pid
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{self._path} holds a storage of an unknown type")
+        offset, size = self._places[key]
+        if count * dtype.itemsize > size:
+            raise CheckpointError(f"{self._path} is damaged: storage {key} has {size:,} bytes for {count:,} {dtype}")
+        return dtype, offset, size
+
+    def _tensor(self, storage: tuple[torch.dtype, int, int], start: int, shape: Any, strides: Any, *_: Any) -> Stored:
+        dtype, offset, size = storage
+        stored = Stored(self._path, offset + start * dtype.itemsize, dtype, tuple(shape), tuple(strides))
+        if min((start, *stored.shape, *strides), default=0) < 0 or start * dtype.itemsize + stored.nbytes > size:
+            raise CheckpointError(f"{self._path} is damaged: a tensor lies outside its storage")
+        return stored
+
+
+def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
+    """What torch.save wrote into `path`, or into the `length` bytes of it from `offset`; its tensors are `Stored`.
+
+    Of the form before torch 1.6, which is no archive, the tensors themselves are given, read into memory.
+
+    Raises:
+        CheckpointError: it is damaged, or asks for something that is not on the list.
+    """
+    with open(path, "rb") as file:
+        view = _View(file, offset, path.stat().st_size - offset if length is None else length)
+        try:
+            archive = zipfile.ZipFile(view)
+        except (zipfile.BadZipFile, OSError) as error:
+            if offset == 0 and _is_old(path):
+                return _read_old(path)
+            raise CheckpointError(f"{path} is cut off or no file of torch.save: {error}") from error
+        with archive:
+            root, places = _records(path, view, archive, offset)
+            return _TorchUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl")), path, places).read()
+
+
+def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The folder that all of an archive lies in, and where in the file each of its storages lies."""
+    roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise CheckpointError(f"{path} is no file of torch.save: {len(roots)} data.pkl in it")
+    if f"{roots[0]}/byteorder" in archive.namelist() and archive.read(f"{roots[0]}/byteorder") != b"little":
+        raise CheckpointError(f"{path} was written on a big-endian machine")
+    places = {}
+    for entry in archive.infolist():
+        if not entry.filename.startswith(f"{roots[0]}/data/"):
+            continue
+        view.seek(entry.header_offset + 26)
+        names, extra = struct.unpack("<HH", view.read(4))
+        at = entry.header_offset + 30 + names + extra
+        if entry.compress_type != zipfile.ZIP_STORED or at + entry.file_size > view.length:
+            raise CheckpointError(f"{path} is damaged: {entry.filename} is compressed or cut off")
+        places[entry.filename.removeprefix(f"{roots[0]}/data/")] = (base + at, entry.file_size)
+    return roots[0], places
+
+
+def _is_old(path: Path) -> bool:
+    """Whether it begins as torch.save's files did before 1.6: with a pickled number that stands for the form."""
+    with open(path, "rb") as file:
+        return b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in file.read(16)
+
+
+def _read_old(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+class _View(io.RawIOBase):
+    """`length` bytes of a file from `start`, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self._file, self._start, self.length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise OSError("before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self.length - self._at)
+        self._file.seek(self._start + self._at)
+        found = self._file.read(rest if size is None or size < 0 else min(size, rest))
+        self._at += len(found)
+        return found

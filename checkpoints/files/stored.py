@@ -1,0 +1,90 @@
+"""A tensor that lies in a file, and is read by mapping its own bytes alone."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoints.folder import CheckpointError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Attributes:
+        path, offset: the file, and the byte at which its first element begins.
+        strides: in elements; None where it is contiguous.
+    """
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from its first element to its last."""
+        if 0 in self.shape:
+            return 0
+        strides = self.strides or _contiguous(self.shape)
+        return (1 + sum((size - 1) * stride for size, stride in zip(self.shape, strides, strict=True))) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The tensor, its pages read as they are touched and dropped with it: a mapping of its own each time.
+
+        Writing to it changes no file.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            try:
+                pages = mmap.mmap(file.fileno(), self.offset + self.nbytes - start, offset=start, access=mmap.ACCESS_COPY)
+            except ValueError as error:
+                raise CheckpointError(f"{self.path} is cut off: it ends before byte {self.offset + self.nbytes:,}") from error
+        flat = _elements(pages, self.dtype, self.nbytes // self.dtype.itemsize, self.offset - start)
+        return flat.as_strided(self.shape, self.strides or _contiguous(self.shape))
+
+
+def _elements(pages: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+    if offset % dtype.itemsize:  # no format aligns by less, but a file may be written by hand
+        return torch.frombuffer(bytearray(pages[offset : offset + count * dtype.itemsize]), dtype=dtype)
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=offset)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in C order; of a contiguous one without a copy."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def inside(folder: Path, name: str, named_in: Path) -> Path:
+    """A file that an index names, which must lie in the index's own folder.
+
+    Raises:
+        CheckpointError: it is not there, or the name leads out of the folder.
+    """
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve().parent != folder.resolve() and not path.is_symlink():
+        raise CheckpointError(f"{named_in} names {name!r}, which leads out of its folder")
+    if not path.is_file():
+        raise CheckpointError(f"{named_in} names {name}, which is not there")
+    return path

@@ -1,0 +1,138 @@
+"""What every format is: a source that gives a model's tensors one at a time, a target that takes them so.
+
+Between them go whole tensors under megatron-core's names (`checkpoints.models.gpt`), without the padding of the
+vocabulary. Neither builds a model; what is in memory is about one tensor.
+
+A new format is two functions. One opens a folder: it finds what is there, by name (`found`: a `Readable` each, which may put
+ranks' shares together), the model, and the table of `Foreign`, and gives both to `Source`, which does the rest: it
+refuses what is missing, left over or of another shape before a byte is written. The other is a subclass of `Target`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from checkpoints.folder import CheckpointError
+from checkpoints.models import gpt
+from checkpoints.models.layout import SAME, Foreign
+from checkpoints.models.model import Model
+from checkpoints.models.tensor import Tensor
+
+_SHOWN = 8  # names in a message, of thousands there may be
+
+
+class Readable(Protocol):
+    """A tensor somewhere: `checkpoints.files.stored.Stored`, or shares of one that `read` puts together."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self) -> torch.Tensor: ...
+
+
+class Source:
+    """A checkpoint whose every tensor is accounted for.
+
+    Attributes:
+        format: as `yuan convert --to` calls it.
+        path: its folder.
+        model: what it is a model of.
+        left_out: tensors that are there and not converted, by name, with the reason: copies of tied weights, padding, the
+            optimizer's.
+        training: the settings that it was trained with, where the format has them, under Megatron-LM's names.
+        companions: small files that belong to the model and not to the weights: the tokenizer's and Hugging Face's.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        path: Path,
+        model: Model,
+        table: Sequence[Foreign],
+        found: Mapping[str, Readable],
+        left_out: Mapping[str, str],
+        *,
+        padded: bool = False,
+        layout: str = "",
+        training: Mapping[str, Any] | None = None,
+        companions: Sequence[Path] = (),
+    ):
+        """`found` are all the tensors there are by the format's names, those of `left_out` among them or not. With `padded`
+        a vocabulary may have more rows than the model has ids.
+
+        Raises:
+            CheckpointError: tensors are missing, left over, or of another shape; every one is named.
+        """
+        self.format, self.path, self.model, self.layout = format, path, model, layout
+        self.left_out, self.training, self.companions = dict(left_out), training or {}, tuple(companions)
+        self._table, self._found = {foreign.tensor.name: foreign for foreign in table}, found
+        self._check(padded)
+
+    def _check(self, padded: bool) -> None:
+        wanted = {name: (shape, one.tensor) for one in self._table.values() for name, shape in one.shapes().items()}
+        missing = [name for name in wanted if name not in self._found]
+        more = [name for name in self._found if name not in wanted and name not in self.left_out]
+        wrong = []
+        for name, (shape, tensor) in wanted.items():
+            if name not in self._found or (there := tuple(self._found[name].shape)) == shape:
+                continue
+            if padded and tensor.vocabulary and there[0] > shape[0] and there[1:] == shape[1:]:
+                self.left_out[f"{name}[{shape[0]}:]"] = f"{there[0] - shape[0]} rows that pad the vocabulary"
+            else:
+                wrong.append(f"{name} is {list(there)}, and {list(shape)} was expected")
+        told = [("missing: ", missing), ("not known: ", more), ("", wrong)]
+        if any(names for _, names in told):
+            lines = [f"    {what}{_listed(names)}" for what, names in told if names]
+            raise CheckpointError(f"{self.path} does not hold the tensors of {self.model}\n" + "\n".join(lines))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the model."""
+        return gpt.tensors(self.model)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor."""
+        return self._found[self._table[name].names[0]].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor by its name in `tensors`: where it can be a view of the file, else put together in memory."""
+        foreign = self._table[name]
+        whole = foreign.layout.join([self._found[one].read() for one in foreign.names])
+        return whole[: foreign.tensor.shape[0]]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def by_own_names(model: Model) -> list[Foreign]:
+    """The table of a format whose tensors are named and laid out as ours."""
+    return [Foreign(tensor, (tensor.name,), SAME) for tensor in gpt.tensors(model)]
+
+
+class Target(ABC):
+    """A checkpoint that is being written into a folder, which nobody takes for a whole one before it has its name."""
+
+    def __init__(self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype]):
+        """`dtypes`: of every tensor, by its name."""
+        self.folder, self.model, self.dtypes = folder, model, dtypes
+
+    def order(self) -> list[Tensor]:
+        """Every tensor of the model, in the order in which they are to come."""
+        return gpt.tensors(self.model)
+
+    @abstractmethod
+    def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
+        """Write one: of its dtype in `dtypes`, without padding."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what comes last; every tensor has been put."""

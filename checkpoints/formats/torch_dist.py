@@ -1,0 +1,243 @@
+"""megatron-core's torch_dist: torch's distributed checkpoint, whose files hold chunks of tensors and whose `.metadata`
+says where each lies. Read and written here without processes, groups or a model.
+
+    release/
+      .metadata        pickled: every tensor's shape, its chunks, and their places in the files
+      metadata.json    the name of the backend
+      common.pt        what is not a tensor: here the settings, as Megatron-LM's `args`
+      __0_N.distcp     the chunks, each a whole file of torch.save
+
+Tensors bear the names of Transformer Engine's modules, whichever modules train: norms belong to the layer behind them.
+Those of all layers are one tensor, stacked [layer, ...].
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from checkpoints.files import pickled
+from checkpoints.files.stored import DTYPES, Stored, inside
+from checkpoints.folder import CheckpointError
+from checkpoints.formats.base import Readable, Source, Target, by_own_names
+from checkpoints.models import gpt
+from checkpoints.models.model import Model
+from checkpoints.models.tensor import Tensor, pad
+
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FILE_BYTES, _CHUNK_BYTES = 4 << 30, 256 << 20  # a rank that loads its share reads the chunks that touch it, each whole
+_ALIGNED = 64
+_ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}": getattr(metadata, name) for name in (
+    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+    "StorageMeta", "_MEM_FORMAT_ENCODING",
+)} | {
+    "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
+    "torch.Size": torch.Size,
+    "torch.serialization._get_layout": lambda name: torch.strided,
+}  # fmt: skip
+
+
+def key_of(tensor: Tensor, model: Model) -> str:
+    """The name of the stacked tensor that holds this one (of one layer), or of this one (around the layers)."""
+    if tensor.layer is None:
+        return tensor.name
+    moved = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if model.family != "yuan2":  # its filter stands between the norm and the query
+        moved["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    within = tensor.within
+    for norm, behind in moved.items():
+        within = within.replace(norm, behind)
+    return f"decoder.layers.{within}"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A tensor in one or several chunks: each where it begins in the tensor, its size, and its place (file, offset, length)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Path, int, int]], ...]
+
+    def read(self) -> torch.Tensor:
+        """The whole; of one chunk a view of the file."""
+        pieces = [(start, size, self._stored(*place).reshape(size)) for start, size, place in self.chunks]
+        if len(pieces) == 1:
+            return pieces[0][2]
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for start, size, piece in pieces:
+            whole[tuple(slice(at, at + length) for at, length in zip(start, size, strict=True))] = piece
+        return whole
+
+    @staticmethod
+    def _stored(path: Path, offset: int, length: int) -> torch.Tensor:
+        found = pickled.read(path, offset, length)
+        if not isinstance(found, Stored):
+            raise CheckpointError(f"{path} is damaged: no tensor at byte {offset:,}")
+        return found.read()
+
+
+def settings(folder: Path) -> Namespace:
+    """The settings of the training in common.pt, under Megatron-LM's names; empty where there are none."""
+    path = folder / "common.pt"
+    common = pickled.read(path) if path.is_file() else {}
+    args = common.get("args") if isinstance(common, dict) else None
+    return args if isinstance(args, Namespace) else Namespace()
+
+
+def open_source(folder: Path, model: Model) -> Source:
+    """A checkpoint folder (`iter_…`, `release`) of any tensor, pipeline and data parallelism, with or without optimizer.
+
+    Raises:
+        CheckpointError: it is damaged, or does not hold this model.
+    """
+    backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(f"{folder} is in megatron-core's format {backend!r}, and torch_dist is read")
+    index = _index(folder)
+    found: dict[str, Readable] = {}
+    for tensor in gpt.tensors(model):
+        key = key_of(tensor, model)
+        if key in index:
+            found[tensor.name] = index[key] if tensor.layer is None else _layer(index[key], tensor.layer)
+        elif tensor.layer is not None and (apart := key.replace("layers.", f"layers.{tensor.layer}.", 1)) in index:
+            found[tensor.name] = index[apart]  # layers that differ are not stacked
+    known = {key_of(tensor, model) for tensor in gpt.tensors(model)} | {tensor.name for tensor in gpt.tensors(model)}
+    left_out = {key: "the optimizer's" for key in index if key.startswith("optimizer.")}
+    more = {key: chunks for key, chunks in index.items() if key not in known and key not in left_out}
+    return Source(
+        "torch_dist", folder, model, by_own_names(model), found | more, left_out, padded=True, training=vars(settings(folder)),
+        companions=sorted(path for place in ("tokenizer", "hf") for path in (folder / place).glob("*") if path.is_file()),
+    )  # fmt: skip
+
+
+def _index(folder: Path) -> dict[str, Chunks]:
+    """Every tensor of `.metadata`, with its chunks' places."""
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no .metadata: it was not written to its end")
+    with open(path, "rb") as file:
+        known = pickled.Unpickler(file, _ALLOWED, path).read()
+    files: dict[str, Path] = {}
+    found = {}
+    for key, entry in known.state_dict_metadata.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            continue  # an object, such as the state of a random number generator
+        chunks = []
+        for chunk in entry.chunks:
+            info = known.storage_data.get(metadata.MetadataIndex(key, chunk.offsets))
+            if info is None or info.transform_descriptors:
+                raise CheckpointError(f"{path} does not say where {key} lies, or it is packed by an extension")
+            if info.relative_path not in files:
+                files[info.relative_path] = inside(folder, info.relative_path, path)
+            chunks.append((tuple(chunk.offsets), tuple(chunk.sizes), (files[info.relative_path], info.offset, info.length)))
+        found[key] = _checked(Chunks(tuple(entry.size), entry.properties.dtype, tuple(chunks)), key, path)
+    return found
+
+
+def _checked(whole: Chunks, key: str, path: Path) -> Chunks:
+    if sum(prod(size) for _, size, _ in whole.chunks) != prod(whole.shape):
+        raise CheckpointError(f"{path} is damaged: the chunks of {key} do not make up {list(whole.shape)}")
+    return whole
+
+
+def _layer(stacked: Chunks, layer: int) -> Chunks:
+    """One layer's tensor of a stacked one."""
+    chunks = tuple((start[1:], size[1:], place) for start, size, place in stacked.chunks if start[0] == layer and size[0] == 1)
+    shape = stacked.shape[1:]
+    if sum(prod(size) for _, size, _ in chunks) != prod(shape):
+        shape = ()  # no such layer: told as a wrong shape
+    return Chunks(shape, stacked.dtype, chunks)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class TorchDist(Target):
+    """Writes the folder of one checkpoint. `padded` are the rows of the vocabulary's tables."""
+
+    def __init__(self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], padded: int):
+        super().__init__(folder, model, dtypes)
+        self._padded = padded
+        self._tensors: dict[str, Any] = {}
+        self._places: dict[Any, Any] = {}
+        self._number, self._file = 0, open(folder / "__0_0.distcp", "wb")  # noqa: SIM115  closed by `finish`
+
+    def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
+        key, at = key_of(tensor, self.model), () if tensor.layer is None else (tensor.layer,)
+        whole = pad(whole, self._padded) if tensor.vocabulary else whole
+        if key not in self._tensors:
+            stacked = (self.model.num_layers,) * len(at) + tuple(whole.shape)
+            properties = metadata.TensorProperties(dtype=whole.dtype)
+            self._tensors[key] = metadata.TensorStorageMetadata(properties, torch.Size(stacked), [])
+        if self._tensors[key].properties.dtype != whole.dtype:
+            raise CheckpointError(f"{tensor.name} is {whole.dtype}, other layers' are {self._tensors[key].properties.dtype}: give --dtype")
+        rows = max(1, _CHUNK_BYTES * len(whole) // max(1, whole.nbytes))
+        for first in range(0, len(whole), rows):
+            piece = whole[first : first + rows].clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
+            offsets = torch.Size(at + (first,) + (0,) * (whole.dim() - 1))
+            sizes = torch.Size((1,) * len(at) + tuple(piece.shape))
+            self._tensors[key].chunks.append(metadata.ChunkStorageMetadata(offsets, sizes))
+            self._save(metadata.MetadataIndex(key, offsets), piece.reshape(sizes))
+
+    def _save(self, index: Any, value: Any) -> None:
+        if self._file.tell() > _FILE_BYTES:
+            self._file.close()
+            self._number += 1
+            self._file = open(self.folder / f"__0_{self._number}.distcp", "wb")
+        self._file.write(b"\0" * (-self._file.tell() % _ALIGNED))
+        start = self._file.tell()
+        torch.save(value, self._file)
+        length = self._file.tell() - start
+        self._places[index] = filesystem._StorageInfo(f"__0_{self._number}.distcp", start, length)
+
+    def finish(self) -> None:
+        self._extra_states()
+        self._file.close()
+        known = metadata.Metadata(state_dict_metadata=self._tensors, storage_data=self._places)
+        (self.folder / ".metadata").write_bytes(pickle.dumps(known))
+        (self.folder / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
+        torch.save(self._common(), self.folder / "common.pt")
+
+    def _extra_states(self) -> None:
+        """megatron-core's linear layers ask for a state besides their weights, which is nothing without FP8."""
+        modules = {one.within.rsplit(".", 1)[0] for one in gpt.tensors(self.model) if one.layer is not None and "linear_" in one.within}
+        nothing = io.BytesIO()
+        torch.save([None], nothing)
+        for module in sorted(modules | {"self_attention.core_attention"}):
+            for layer in range(self.model.num_layers):
+                key = f"decoder.layers.{module}._extra_state/shard_{layer}_{self.model.num_layers}"
+                self._tensors[key] = metadata.BytesStorageMetadata()
+                start = self._file.tell()
+                self._file.write(nothing.getvalue())
+                info = filesystem._StorageInfo(f"__0_{self._number}.distcp", start, len(nothing.getvalue()))
+                self._places[metadata.MetadataIndex(key)] = info
+
+    def _common(self) -> dict[str, Any]:
+        """What Megatron-LM looks for before it loads tensors; weights alone, so nothing of an optimizer."""
+        dtypes = set(self.dtypes.values())
+        args = asdict(self.model) | {
+            "add_position_embedding": self.model.position_embedding_type == "learned_absolute",
+            "padded_vocab_size": self._padded,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "iteration": 0,
+            "consumed_train_samples": 0,
+            "consumed_valid_samples": 0,
+            "fp16": dtypes == {DTYPES["fp16"]},
+            "bf16": dtypes == {DTYPES["bf16"]},
+        }
+        sharding = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
+        return {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0, "content_metadata": sharding}
