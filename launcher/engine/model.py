@@ -1,6 +1,8 @@
 """From a recipe to megatron-core's GPTModel: configuration, layer spec, chunks of the pipeline, data parallelism."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -40,7 +42,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        activation_func=activation(recipe),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         init_method_std=model.init_method_std,
@@ -69,11 +71,18 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         batch_p2p_comm=not on_cpu and virtual_pipeline_size(recipe) is None,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=not on_cpu and (model.swiglu or model.add_bias_linear),
+        bias_activation_fusion=not on_cpu and (model.swiglu or model.add_bias_linear and not model.openai_gelu),
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=transformer_engine(recipe) and model.position_embedding_type == "rope",
         persist_layer_norm=False,
     )
+
+
+def activation(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What stands between the two matrices of a feed-forward layer."""
+    if recipe.model.swiglu:
+        return torch.nn.functional.silu
+    return partial(torch.nn.functional.gelu, approximate="tanh") if recipe.model.openai_gelu else torch.nn.functional.gelu
 
 
 def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> GPTModel:
@@ -105,6 +114,8 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
         **more,
     )

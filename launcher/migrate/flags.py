@@ -16,7 +16,7 @@ from launcher.recipe.keys import table as keys
 SAME_NAME = """
     model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.kv_channels
     model.max_position_embeddings model.position_embedding_type model.rotary_base model.rotary_percent model.normalization
-    model.norm_epsilon model.swiglu model.add_qkv_bias model.untie_embeddings_and_output_weights model.init_method_std
+    model.use_rope_scaling model.rope_scaling_factor model.openai_gelu model.norm_epsilon model.swiglu model.add_qkv_bias model.untie_embeddings_and_output_weights model.init_method_std
     model.attention_dropout model.hidden_dropout model.attention_softmax_in_fp32 model.make_vocab_size_divisible_by
     parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.pipeline_model_parallel_layout
     parallel.num_layers_per_virtual_pipeline_stage parallel.decoder_first_pipeline_num_layers
@@ -190,11 +190,9 @@ WITHOUT_KEY = {
     "--embedding-init-method-std": "the embedding starts with model.init_method_std",
     "--init-method-xavier-uniform": "weights start normally distributed, with model.init_method_std",
     "--rotary-interleaved": "RoPE turns the two halves of a head, not neighbours",
-    "--use-rope-scaling": "RoPE is not scaled",
     "--rotary-seq-len-interpolation-factor": "RoPE is not scaled",
     "--squared-relu": "the activation is GELU or SwiGLU",
     "--quick-geglu": "the activation is GELU or SwiGLU",
-    "--openai-gelu": "the activation is GELU as Megatron-LM has it by default",
     "--apply-layernorm-1p": "norms are not centred around one",
     "--qk-layernorm": "queries and keys are not normalized",
     "--window-size": "attention sees the whole sequence",

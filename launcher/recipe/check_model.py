@@ -35,7 +35,7 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         optimizer.adam_beta1 optimizer.adam_beta2 data.num_workers launch.node_rank
         launch.max_restarts""",
 }
-ABOVE_ZERO = """model.norm_epsilon model.rotary_percent optimizer.lr optimizer.adam_eps training.loss_scale
+ABOVE_ZERO = """model.norm_epsilon model.rotary_percent model.rope_scaling_factor optimizer.lr optimizer.adam_eps training.loss_scale
     training.initial_loss_scale training.min_loss_scale training.exit_duration_in_mins
     launch.gpu_memory_gib launch.gpu_peak_tflops launch.mfu"""
 BELOW_ONE = """model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2
@@ -124,15 +124,32 @@ def shapes(case: Case) -> Iterator[Problem]:
         )
 
 
+YUAN2 = {  # what Yuan 2.0 is in every size: its parts and formats know no other
+    "model.position_embedding_type": "rope", "model.rotary_percent": 1.0, "model.normalization": "RMSNorm",
+    "model.swiglu": True, "model.add_bias_linear": False, "model.add_qkv_bias": False,
+    "model.untie_embeddings_and_output_weights": False,
+}  # fmt: skip
+
+
 def family(case: Case) -> Iterator[Problem]:
-    """The engine has no filtered attention (LFA) yet: a recipe for Yuan 2.0 can be written and checked, and nothing runs it."""
-    if case.recipe.model.family == "yuan2":
-        yield Problem(
-            "this version of yuan has no filtered attention: it checks recipes for Yuan 2.0, and refuses to run them",
-            case.at("model.family"),
-            "model.family=llama for a model of that shape without the filter",
-            "error" if case.launching else "warning",
-        )
+    """Yuan 2.0 is one architecture; the filter's convolutions halve the width, each head has a key of its own."""
+    m = case.recipe.model
+    if m.family != "yuan2":
+        if m.rotary_bf16:
+            what = "rotary_bf16 is for the released weights of Yuan 2.0: other families turn by angles in fp32"
+            yield Problem(what, case.at("model.rotary_bf16", "model.family"), "model.rotary_bf16=false")
+        return
+    wrong = [key for key, value in YUAN2.items() if case.value(key) != value]
+    if wrong:
+        fixes = " ".join(f"{key}={str(YUAN2[key]).lower() if YUAN2[key] in (True, False) else YUAN2[key]}" for key in wrong)
+        yield Problem("this is not Yuan 2.0's architecture", case.at(*wrong), f"base: bases/yuan2 in the recipe, or {fixes}")
+    heads, groups = m.num_attention_heads or 0, m.num_query_groups or 0
+    if 0 < groups != heads > 0:
+        what = f"Yuan 2.0 has a key for each query head: {count(heads, 'head')}, {count(groups, 'query group')}"
+        yield Problem(what, case.at("model.num_query_groups", "model.num_attention_heads"), f"model.num_query_groups={heads}")
+    if m.hidden_size and m.hidden_size % 2:
+        what = f"the filter between norm and queries halves hidden_size {m.hidden_size}"
+        yield Problem(what, case.at("model.hidden_size"), f"model.hidden_size={nearest(m.hidden_size, 2)}")
 
 
 def precision(case: Case) -> Iterator[Problem]:

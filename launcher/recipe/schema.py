@@ -37,12 +37,18 @@ class Model:
     """Share of a head's width that RoPE turns."""
     rotary_bf16: bool = False
     """Ours, yuan2: RoPE's angles rounded to bf16, as the released weights of Yuan 2.0 were trained. Else fp32, for all others."""
+    use_rope_scaling: bool = False
+    """Llama 3's scaling of RoPE to sequences beyond 8192: low frequencies are divided by rope_scaling_factor."""
+    rope_scaling_factor: float = 8.0
+    """By how much; Llama 3.1: 8, Llama 3.2: 32."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm."""
     norm_epsilon: float = 1e-5
     """Added to the variance in a norm."""
     swiglu: bool = False
     """Gated SiLU in the feed-forward layer instead of GELU."""
+    openai_gelu: bool = False
+    """GELU by the tanh formula, as OpenAI's GPT-2 was trained, instead of the exact one."""
     add_bias_linear: bool = True
     """Biases in the linear layers (Megatron-LM: --disable-bias-linear turns them off)."""
     add_qkv_bias: bool = False

@@ -11,12 +11,14 @@ INTS = """num-layers hidden-size ffn-hidden-size num-attention-heads num-query-g
     tiktoken-num-special-tokens=1000"""
 FLOATS = """rotary-percent=1.0 norm-epsilon=1e-5 init-method-std=0.02 attention-dropout=0.1 hidden-dropout=0.1 loss-scale
     initial-loss-scale=4294967296 min-loss-scale=1.0 loss-scale-window=1000 lr min-lr=0.0 lr-warmup-fraction lr-warmup-init=0.0
-    weight-decay=0.01 start-weight-decay end-weight-decay clip-grad=1.0 adam-beta1=0.9 adam-beta2=0.999 adam-eps=1e-8"""
+    weight-decay=0.01 start-weight-decay end-weight-decay clip-grad=1.0 adam-beta1=0.9 adam-beta2=0.999 adam-eps=1e-8
+    rope-scaling-factor=8.0"""
 TEXTS = "pipeline-model-parallel-layout split data-cache-path tokenizer-model vocab-file merge-file save load tiktoken-pattern"
 LISTS = "rampup-batch-size data-path train-data-path valid-data-path test-data-path"
 SWITCHES = """swiglu add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 sequence-parallel
     use-distributed-optimizer overlap-grad-reduce overlap-param-gather reset-position-ids reset-attention-mask eod-mask-loss
-    finetune no-load-optim no-load-rng bf16 fp16 disable-bias-linear group-query-attention tokenizer-hf-include-special-tokens"""
+    finetune no-load-optim no-load-rng bf16 fp16 disable-bias-linear group-query-attention tokenizer-hf-include-special-tokens
+    use-rope-scaling openai-gelu"""
 CHOICES = {
     "position-embedding-type": ("learned_absolute", "rope", "mrope", "relative", "none"),
     "normalization": ("LayerNorm", "RMSNorm"),

@@ -51,7 +51,7 @@ OPTIONAL = {
     "num-layers-per-virtual-pipeline-stage": positive, "distributed-timeout-minutes": positive, "global-batch-size": positive,
     "seed": st.integers(0, 2**31), "hysteresis": positive, "eval-interval": positive, "eval-iters": st.integers(0, 99),
     "exit-duration-in-mins": positive, "exit-interval": positive, "num-workers": st.integers(0, 9),
-    "log-interval": positive, "rotary-percent": rate, "norm-epsilon": rate, "init-method-std": rate, "attention-dropout": share,
+    "log-interval": positive, "rotary-percent": rate, "rope-scaling-factor": rate, "norm-epsilon": rate, "init-method-std": rate, "attention-dropout": share,
     "hidden-dropout": share, "loss-scale": positive, "initial-loss-scale": positive, "min-loss-scale": share,
     "loss-scale-window": positive, "min-lr": share, "lr-warmup-init": share, "weight-decay": share, "start-weight-decay": share,
     "end-weight-decay": share, "clip-grad": share, "adam-beta1": share, "adam-beta2": share, "adam-eps": rate,
@@ -63,7 +63,7 @@ OPTIONAL = {
 }  # fmt: skip
 SWITCHES = """swiglu add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 use-distributed-optimizer
     overlap-grad-reduce overlap-param-gather reset-position-ids reset-attention-mask eod-mask-loss no-load-optim no-load-rng
-    disable-bias-linear""".split()
+    disable-bias-linear use-rope-scaling openai-gelu""".split()
 TOGETHER = {
     "length": ["--train-iters 50", "--train-samples 500", "--train-samples 9 --rampup-batch-size 2 2 8", "--train-iters 7 --lr-decay-iters 9",
                "--train-samples 7 --lr-decay-samples 5 --lr-warmup-samples 2", "--train-iters 70 --lr-warmup-iters 3",
