@@ -90,6 +90,10 @@ class PartFiles:
             return None
         return part if sizes == [count.tokens * itemsize for count in part.counts] else None
 
+    def begin(self) -> None:
+        """The part is not whole from here on: an older record must not speak for new tokens of the same size."""
+        Path(f"{self._stem}.json").unlink(missing_ok=True)
+
     def write(self, part: Part) -> None:
         """Declare the part whole."""
         beside = Path(f"{self._stem}.json.part")
@@ -120,6 +124,7 @@ class BlockEncoder:
         before = files.read(self._dtype.itemsize)
         if before and before.input_sha256 == digest:
             return before
+        files.begin()
         part = Part(number, digest, [Counts(bytes=block.size) for _ in self.keys])
         sizes: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in self.keys]
         with ExitStack() as stack:

@@ -14,6 +14,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,10 +173,11 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Remove what is not finished. Harmless after `finish`."""
-        for file in (self._bin, self._lengths, self._boundaries):
-            file.close()
         for part in (self._bin_part, self._idx_part):
             part.unlink(missing_ok=True)
+        for file in (self._bin, self._lengths, self._boundaries):
+            with suppress(OSError):  # on a full disk closing tries once more to write what is buffered
+                file.close()
         self._lock.release()
 
     def __enter__(self) -> IndexedWriter:

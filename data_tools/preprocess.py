@@ -18,6 +18,7 @@ from pathlib import Path
 from data_tools.encode import BAD_SHOWN, BlockEncoder, Counts, Part, PartFiles, too_many_bad
 from data_tools.errors import InputError
 from data_tools.indexed import IndexedWriter, token_dtype
+from data_tools.lock import Lock
 from data_tools.parallel import ordered_map
 from data_tools.sources import Block, Format, Source, blocks, find_sources
 from data_tools.tokenizers import Tokenizer
@@ -81,6 +82,7 @@ def preprocess(
     counts, parts = {key: Counts() for key in keys}, hashlib.sha256()
     bad: list[tuple[str, str, str]] = []
     with ExitStack() as stack:
+        stack.callback(Lock(Path(f"{output_prefix}.lock")).release)  # of the folder, which runs of other keys would share
         writers = [stack.enter_context(IndexedWriter(dataset_prefix(output_prefix, key), token_dtype(tokenizer.vocab_size))) for key in keys]
         plan = _plan(tokenizer, keys, append_eod, max_bad, size, sources, shard)
         _open_folder(folder, plan)
@@ -136,7 +138,7 @@ def _plan(tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool, max_bad: 
 
 
 def _open_folder(folder: Path, plan: dict[str, object]) -> None:
-    """The folder of unfinished work for this plan; another plan's is removed. (The outputs' locks keep others out.)"""
+    """The folder of unfinished work for this plan; another plan's is removed."""
     note = folder / "plan.json"
     text = json.dumps(plan, indent=1)
     if folder.is_dir() and (not note.is_file() or note.read_text(encoding="utf-8") != text):

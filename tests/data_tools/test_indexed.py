@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 
@@ -177,3 +178,16 @@ def test_a_sample_of_the_ids(tmp_path):
     write(tmp_path / "x", [[[5, 1, 2, 9, 3, 4, 7]]])
     reader = IndexedReader(tmp_path / "x")
     assert [reader.sampled_id_range(n) for n in (1, 2, 4, 100)] == [(5, 7), (1, 7), (1, 9), (1, 9)]
+
+
+def test_a_full_disk_keeps_nothing(tmp_path):
+    """Here a limit on the size of files, which fails as a full disk does: at the write, and again when closing."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        with pytest.raises(OSError), IndexedWriter(tmp_path / "x", "<u2") as writer:
+            for _ in range(20):
+                writer.add_document(range(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []

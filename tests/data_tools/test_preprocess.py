@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from data_tools.encode import PartFiles
 from data_tools.errors import DataError, InputError
 from data_tools.indexed import IndexedReader
 from data_tools.preprocess import preprocess
@@ -261,6 +262,43 @@ def test_parts_of_another_text_or_plan_are_not_taken(tmp_path):
     write_jsonl(source, [{"text": f"{i % 50}"} for i in range(50)] + [{"text": "1"}])
     preprocess(source, tmp_path / "out", NULL, part_bytes=100)
     assert documents(tmp_path / "out_text_document") == [[[i % 50]] for i in range(50)] + [[[1]]]
+
+
+def test_a_part_half_made_of_another_text_is_not_taken(tmp_path, monkeypatch):
+    """Text A, then B of the same size, stopped between the tokens of a part and its record; then A again."""
+    texts = {name: [{"text": f"{i * step % 90 + 10}"} for i in range(100)] for name, step in (("a", 1), ("b", 7))}
+    write_jsonl(tmp_path / "in", texts["a"])
+    preprocess(tmp_path / "in", tmp_path / "whole", NULL, part_bytes=100)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    def stopped():
+        with pytest.raises(Stop):
+            preprocess(tmp_path / "in", tmp_path / "out", NULL, part_bytes=100, progress=stop)
+
+    stopped()
+    write_jsonl(tmp_path / "in", texts["b"])
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFiles, "write", stop)
+        stopped()
+    write_jsonl(tmp_path / "in", texts["a"])
+    preprocess(tmp_path / "in", tmp_path / "out", NULL, part_bytes=100)
+    assert (tmp_path / "out_text_document.bin").read_bytes() == (tmp_path / "whole_text_document.bin").read_bytes()
+
+
+def test_runs_of_other_keys_do_not_share_unfinished_work(tmp_path):
+    source = write_jsonl(tmp_path / "in", [{"text": "1", "title": "2"}] * 50)
+
+    def second(counts):
+        with pytest.raises(DataError, match="another process is writing this output"):
+            preprocess(source, tmp_path / "out", NULL, json_keys=["title"])
+
+    preprocess(source, tmp_path / "out", NULL, part_bytes=100, progress=second)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == [f"out_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
 
 
 def test_hard_lines_of_plain_text(tmp_path, gpt2):
