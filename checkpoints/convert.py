@@ -7,17 +7,109 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints.files.stored import NAMES, raw
-from checkpoints.folder import CheckpointError
+from checkpoints.files.stored import DTYPES, NAMES, raw
+from checkpoints.folder import RELEASE, TRACKER, CheckpointError
+from checkpoints.formats import hf, torch_dist
 from checkpoints.formats.base import Source, Target
+from checkpoints.models import megatron
+from checkpoints.models.model import Model
+from checkpoints.models.tensor import padded
+from checkpoints.recognise import Found
 
+READ, WRITTEN = ("hf", "torch_dist"), ("hf", "torch_dist")
 MANIFEST = "conversion.json"
-Progress = Callable[[int], None]  # called with the bytes of tensors that were done since the last call
+VOCABULARY_MULTIPLE = 128  # rows of the tables in formats that are padded: Megatron-LM's default, which every usual TP divides
+Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to write.
+
+    Attributes:
+        to: one of WRITTEN.
+        dtype: fp32, bf16, fp16; None keeps each tensor's.
+        hf_config: a Hugging Face folder whose config.json and tokenizer are to go with the weights.
+        config: values for config.json where no such file comes with the weights, such as eos_token_id.
+        allow_nan: take weights that hold NaN or infinity.
+    """
+
+    to: str
+    dtype: str | None = None
+    hf_config: Path | None = None
+    config: Mapping[str, Any] | None = None
+    allow_nan: bool = False
+
+
+def open_source(found: Found, model: Model | None = None, vocab_size: int | None = None) -> Source:
+    """The checkpoint that `recognise` found.
+
+    Args:
+        model: what it is a model of, where something beside the weights says it; else what they carry themselves.
+        vocab_size: ids before padding, for formats that do not say.
+
+    Raises:
+        CheckpointError: it is damaged, its format is not read, or something is not said that nobody should guess.
+    """
+    if found.format == "hf":
+        return hf.open_source(found.path)
+    if found.format == "torch_dist":
+        return torch_dist.open_source(found.path, model or _of_settings(found.path, vocab_size))
+    raise CheckpointError(f"{found.path} is in the format {found.format}, and {' and '.join(READ)} are read")
+
+
+def _of_settings(folder: Path, vocab_size: int | None) -> Model:
+    args = vars(torch_dist.settings(folder))
+    ids = vocab_size or args.get("vocab_size")
+    if args and not ids:
+        rows = args.get("padded_vocab_size")
+        raise CheckpointError(f"{folder} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size")
+    return megatron.model_of(args, f"{folder}/common.pt", vocab_size=ids)
+
+
+def convert(
+    source: Source, folder: Path, wanted: Wanted, carry: Callable[[Path], None], progress: Progress = lambda what, count: None
+) -> dict[str, int]:
+    """Write `source` into `folder`, which is there when it is whole: read back, and every tensor found to be what was written.
+
+    `carry` is given the folder of the weights before that, to put there what belongs to a model besides. Returns each
+    tensor's checksum.
+
+    Raises:
+        CheckpointError: `folder` is there already, the format cannot hold this model, a tensor is damaged.
+    """
+    with beside(folder) as part:
+        weights = part if wanted.to == "hf" else part / RELEASE
+        weights.mkdir(exist_ok=True)
+        target = make_target(source, weights, wanted)
+        sums = copy(source, target, lambda count: progress("writing", count), wanted.allow_nan)
+        written = open_source(Found(weights, wanted.to, 1, 1, 0), source.model)  # type: ignore[arg-type]
+        compare(written, sums, lambda count: progress("checking", count))
+        write_manifest(weights, source, target, wanted.to, sums)
+        carry(weights)
+        if weights != part:
+            (part / TRACKER).write_text(RELEASE, encoding="utf-8")
+    return sums
+
+
+def make_target(source: Source, weights: Path, wanted: Wanted) -> Target:
+    """The target that writes `source` as `wanted` into the folder `weights`."""
+    types = dtypes(source, DTYPES[wanted.dtype] if wanted.dtype else None)
+    if wanted.to == "torch_dist":
+        return torch_dist.TorchDist(weights, source.model, types, padded(source.model.vocab_size, VOCABULARY_MULTIPLE))
+    if wanted.to == "hf":
+        beside = {path.name: path for path in (*source.companions, *(hf.companions(wanted.hf_config) if wanted.hf_config else ()))}
+        base = beside.pop("config.json", None)
+        given = None if base is None else hf.read_config(base.parent)
+        config = (wanted.config or {} if given is None else {}) | hf.config_for(source.model, given, str(base))
+        return hf.HuggingFace(weights, source.model, types, config, beside)
+    raise CheckpointError(f"{wanted.to} cannot be written, {' and '.join(WRITTEN)} can")
 
 
 def dtypes(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -43,11 +135,15 @@ def beside(folder: Path) -> Iterator[Path]:
     if part.exists():
         shutil.rmtree(part)
     part.mkdir(parents=True)
-    yield part
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     part.rename(folder)
 
 
-def copy(source: Source, target: Target, progress: Progress = lambda count: None, allow_nan: bool = False) -> dict[str, int]:
+def copy(source: Source, target: Target, progress: Callable[[int], None] = lambda count: None, allow_nan: bool = False) -> dict[str, int]:
     """Write every tensor of `source` into `target`, and end it. Returns each one's checksum, as written.
 
     Raises:
@@ -68,11 +164,12 @@ def copy(source: Source, target: Target, progress: Progress = lambda count: None
 
 
 def _as(whole: torch.Tensor, dtype: torch.dtype, name: str, allow_nan: bool) -> torch.Tensor:
-    if not allow_nan and not _finite(whole):
-        raise CheckpointError(f"{name} holds NaN or infinity")
+    finite = _finite(whole)
+    if not finite and not allow_nan:
+        raise CheckpointError(f"{name} holds NaN or infinity; --allow-nan converts it as it is")
     cast = whole.to(dtype)
-    if cast.dtype != whole.dtype and _finite(whole) and not _finite(cast):
-        raise CheckpointError(f"{name} holds numbers up to {whole.abs().max().item():.3g}, which {dtype} has not")
+    if cast.dtype != whole.dtype and finite and not _finite(cast):
+        raise CheckpointError(f"{name} holds numbers up to {whole.abs().max().item():.3g}, which {NAMES[dtype]} cannot")
     return cast
 
 
@@ -86,7 +183,7 @@ def checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(raw(tensor))
 
 
-def compare(source: Source, sums: Mapping[str, int], progress: Progress = lambda count: None) -> None:
+def compare(source: Source, sums: Mapping[str, int], progress: Callable[[int], None] = lambda count: None) -> None:
     """Read a written checkpoint back, and hold every tensor to the checksum it was written with.
 
     Raises:

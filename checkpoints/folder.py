@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron-LM's name for weights that no training of this folder made
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -29,12 +30,17 @@ def name_of(iteration: int) -> str:
 
 def iteration_of(checkpoint: Path) -> int:
     """1000 for `.../iter_0001000`; Megatron-LM's `release` counts as 0."""
-    if checkpoint.name == "release":
+    if holds_weights_alone(checkpoint):
         return 0
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
         raise CheckpointError(f"{checkpoint} is no checkpoint: its name is not iter_ and digits")
     return int(match[1])
+
+
+def holds_weights_alone(checkpoint: Path) -> bool:
+    """Whether it is one that was converted: no optimizer, no random state, no step."""
+    return checkpoint.name == RELEASE
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -55,19 +61,21 @@ def newest_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: nothing is there, or the tracker names a checkpoint that is not there.
     """
-    if _NAME.fullmatch(path.name) or path.name == "release":
+    if _NAME.fullmatch(path.name) or holds_weights_alone(path):
         if path.is_dir():
             return path
         raise CheckpointError(f"there is no checkpoint {path}")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     tracker, there = folder / TRACKER, ", ".join(path.name for path in whole_checkpoints(folder))
     if not tracker.is_file():
+        if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
+            raise CheckpointError(f"{path} is in Hugging Face's format: yuan convert {path} {str(path).rstrip('/')}-torch_dist")
         without = f"nothing says which checkpoint is the newest in {folder}" if there else f"there is no whole checkpoint in {path}"
         raise CheckpointError(f"{without}: it holds no {TRACKER}" + (f" (there: {there})" if there else ""))
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if word != "release" and not word.isdecimal():
+    if word != RELEASE and not word.isdecimal():
         raise CheckpointError(f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}")
-    checkpoint = folder / ("release" if word == "release" else name_of(int(word)))
+    checkpoint = folder / (RELEASE if word == RELEASE else name_of(int(word)))
     if not checkpoint.is_dir():
         raise CheckpointError(f"{tracker} names {checkpoint.name}, which is not there (there: {there or 'none'})")
     return checkpoint

@@ -64,14 +64,15 @@ def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path) -> Pa
 
 def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> None:
     """Fill the state from `checkpoint` (an iter_ folder). With `resume` everything, else as checkpoint.finetune,
-    no_load_optim and no_load_rng say. Random numbers are restored where TP and PP are the same.
+    no_load_optim and no_load_rng say. Random numbers are restored where TP and PP are the same. Of a converted one
+    (`release`) there are weights alone.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model or is damaged.
     """
-    options = recipe.checkpoint
-    with_optimizer = resume or not (options.finetune or options.no_load_optim)
-    with_rng = (resume or not (options.finetune or options.no_load_rng)) and same_layout(recipe, checkpoint)
+    options, weights_alone = recipe.checkpoint, folders.holds_weights_alone(checkpoint)
+    with_optimizer = not weights_alone and (resume or not (options.finetune or options.no_load_optim))
+    with_rng = not weights_alone and (resume or not (options.finetune or options.no_load_rng)) and same_layout(recipe, checkpoint)
     loaded = _read(recipe, state, checkpoint, with_optimizer, with_rng)
     _load_chunks(state.chunks, loaded)
     if with_optimizer:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoints.folder import CheckpointError, has_checkpoints, newest_checkpoint
+from checkpoints.folder import CheckpointError, has_checkpoints, holds_weights_alone, newest_checkpoint
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe
@@ -40,7 +40,8 @@ def load(case: Case) -> Iterator[Problem]:
 def _fits(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
     options = case.recipe.checkpoint
     changes = changed_keys(saved, case.recipe)
-    for key, why in refusals(saved, case.recipe, not (options.finetune or options.no_load_optim)).items():
+    weights = options.finetune or options.no_load_optim or holds_weights_alone(checkpoint)
+    for key, why in refusals(saved, case.recipe, not weights).items():
         before = _word(changes[key][0])
         fix = f"{key}={before}"
         if key in ("training.precision", "parallel.use_distributed_optimizer"):

@@ -55,7 +55,7 @@ def load(
     Args:
         words: `recipe=NAME` and `key=value` as typed on the command line; the last of a key wins.
         options: dotted key → (value, flag), from a verb's own options; they override everything, None is skipped.
-        default: the recipe to take where the words name none.
+        default: the recipe to take where the words name none; "" where none is needed.
         checked: the caller goes on to `check` or `ensure`: faults of single keys are left in `Loaded.faults`, to be told
             together with those that the rules find.
 
@@ -86,6 +86,8 @@ def _named(name: str | None, faults: list[UserError]) -> tuple[Path, list[Given]
     """The file of the recipe and what it gives."""
     if name is None:
         faults.append(Unread("no recipe is named", "command line", "add recipe=NAME; `yuan recipes list` shows them all"))
+        return Path(), []
+    if not name:
         return Path(), []
     try:
         path = find(name)

@@ -403,6 +403,10 @@ class Convert:
     """Precision of what is written. Derived: that of the source."""
     hf_config: Optional[str] = None
     """A Hugging Face folder with config and tokenizer, for sources that carry none."""
+    vocab_size: Optional[int] = None
+    """Ids of the vocabulary, for sources that say only what it was padded to."""
+    allow_nan: bool = False
+    """Convert weights that hold NaN or infinity as they are."""
     fused_layout: Optional[Literal["separate", "concat", "grouped"]] = None
     """MindSpore: how query, key and value lie in one matrix."""
 

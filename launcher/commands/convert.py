@@ -1,0 +1,194 @@
+"""`yuan convert`: a checkpoint into another format."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from checkpoints.folder import CheckpointError
+from checkpoints.recognise import Found, recognise
+from launcher.errors import UserError
+from launcher.recipe import Loaded
+from launcher.recipe import load as load_recipe
+from launcher.recipe.check import ensure
+from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, model_of, own_recipe, recipe_for
+from launcher.recipe.frozen import write_frozen
+from launcher.recipe.schema import Recipe
+
+if TYPE_CHECKING:  # it imports torch
+    from checkpoints.formats.base import Source
+
+_WORDS_HELP = "The checkpoint's folder and the folder to write; a recipe, and values that override its own."
+_TO_HELP = "The format to write. Default: torch_dist, which loads at any TP and PP."
+_DTYPE_HELP = "Precision of what is written: bf16, fp16 or fp32. Default: the source's."
+_HF_HELP = "A Hugging Face folder whose config.json and tokenizer are to go with the weights."
+_VOCABULARY_HELP = "Ids of the vocabulary, for a source that says only what it was padded to."
+
+
+def convert(
+    words: Annotated[
+        Optional[list[str]], typer.Argument(metavar="SRC DST | [recipe=NAME] [KEY=VALUE]...", help=_WORDS_HELP, show_default=False)
+    ] = None,
+    to: Annotated[Optional[str], typer.Option("--to", help=_TO_HELP)] = None,
+    dtype: Annotated[Optional[str], typer.Option("--dtype", help=_DTYPE_HELP)] = None,
+    hf_config: Annotated[Optional[str], typer.Option("--hf-config", help=_HF_HELP)] = None,
+    vocab_size: Annotated[Optional[int], typer.Option("--vocab-size", help=_VOCABULARY_HELP)] = None,
+    allow_nan: Annotated[Optional[bool], typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")] = None,
+) -> None:
+    """Write a checkpoint in another format, tensor by tensor: no model is built, no GPU is needed.
+
+    SRC may be a Hugging Face folder, a run, or a checkpoint folder. DST gets its name when it is whole, read back and found
+    to hold what SRC holds; beside the weights lies conversion.json, which says what became of every tensor.
+    """
+    places = [word for word in words or [] if "=" not in word]
+    if len(places) not in (0, 2):
+        shown = " ".join(places)
+        raise UserError(f"two folders are wanted, SRC and DST, and {len(places)} given: {shown}", "command line", "yuan convert SRC DST --to hf")
+    source, target = places or (None, None)
+    options: dict[str, tuple[object, str]] = {
+        "convert.source": (source, "command line"),
+        "convert.target": (target, "command line"),
+        "convert.to": (to, "--to"),
+        "convert.dtype": (dtype, "--dtype"),
+        "convert.hf_config": (hf_config, "--hf-config"),
+        "convert.vocab_size": (vocab_size, "--vocab-size"),
+        "convert.allow_nan": (allow_nan, "--allow-nan"),
+    }
+    loaded = load_recipe([word for word in words or [] if "=" in word], options, default="", checked=True)
+    for warning in ensure(loaded, "convert"):
+        typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
+    try:
+        _run(loaded)
+    except CheckpointError as error:
+        raise UserError(str(error), loaded.recipe.convert.source or "", "") from error
+    except OSError as error:
+        fix = "see to the space and the rights there, and start again"
+        raise UserError(f"cannot read or write: {error}", str(loaded.recipe.convert.target), fix) from error
+
+
+def _run(loaded: Loaded) -> None:
+    asked = loaded.recipe.convert
+    found = recognise(Path(asked.source or ""))
+    base = own_recipe(found.path)
+    from checkpoints import convert as conversion  # torch takes 3 s to import
+
+    source = conversion.open_source(found, model_of(base) if base else None, asked.vocab_size)
+    agree(loaded, source.model)
+    tokenizer = find_tokenizer(loaded, source, base)
+    types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None)
+    size = conversion.nbytes(source, types)
+    typer.echo(_plan(source, found, asked.to, str(asked.target), sorted({conversion.NAMES.get(t, str(t)) for t in types.values()}), size))
+    if tokenizer.why:
+        typer.echo(f"warning: no tokenizer goes with the weights ({tokenizer.why}): ids alone will do as text", err=True)
+    wanted = conversion.Wanted(
+        asked.to, asked.dtype, Path(asked.hf_config) if asked.hf_config else None, _config(tokenizer), asked.allow_nan
+    )  # fmt: skip
+    precision = next(iter(types.values()))
+
+    def carry(weights: Path) -> None:
+        if asked.to == "hf":
+            _copy(tokenizer.files, weights)
+            return
+        padded = conversion.padded(source.model.vocab_size, conversion.VOCABULARY_MULTIPLE)
+        recipe = recipe_for(loaded, source, base, tokenizer.settings, conversion.NAMES[precision], padded, Path(asked.target or ""))
+        _carry(recipe, source, tokenizer, weights)
+
+    started = time.monotonic()
+    with _Meter(2 * size) as meter:
+        conversion.convert(source, Path(asked.target or ""), wanted, carry, meter.show)
+    seconds = time.monotonic() - started
+    for name, why in _grouped(source.left_out).items():
+        typer.echo(f"left out   {why}: {name}")
+    typer.echo(f"done       {len(source.tensors)} tensors, {size / 1e6:,.1f} MB in {seconds:.1f} s, read back and found equal")
+    typer.echo(f"next       {_next(asked.to, str(asked.target))}")
+
+
+def _plan(source: Source, found: Found, to: str, target: str, precisions: list[str], size: int) -> str:
+    ranks = f", TP {found.tensor}, PP {found.pipeline}" if found.tensor * found.pipeline > 1 else ""
+    return "\n".join(
+        [
+            f"source     {source.path}: {source.format}{ranks}",
+            f"model      {source.model}",
+            f"target     {target}: {to}, {' and '.join(precisions)}, {size / 1e6:,.1f} MB",
+        ]
+    )
+
+
+def _config(tokenizer: TokenizerFound) -> dict[str, int]:
+    """What config.json should say of the tokenizer: without it `transformers` takes GPT-2's or Llama's own ids."""
+    from launcher.recipe.tokenizer import tokenizer_of
+
+    eod = tokenizer_of(tokenizer.settings).eod
+    return {"bos_token_id": eod, "eos_token_id": eod}
+
+
+def _copy(files: tuple[Path, ...], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in files:
+        if not (folder / path.name).exists():
+            shutil.copy2(path, folder / path.name)
+
+
+def _carry(recipe: Recipe, source: Source, tokenizer: TokenizerFound, weights: Path) -> None:
+    """Put beside torch_dist's weights what training and answering need, and what a way back to Hugging Face needs."""
+    from checkpoints.formats.hf import MODEL_FILES
+
+    of_model = tuple(path for path in source.companions if any(path.match(pattern) for pattern in MODEL_FILES))
+    _copy(tokenizer.files, weights / "tokenizer")
+    _copy(tuple(path for path in source.companions if path not in of_model), weights / "tokenizer")
+    if of_model:
+        _copy(of_model, weights / "hf")
+    write_frozen(recipe, weights / "recipe.yaml")
+
+
+def _grouped(left_out: dict[str, str]) -> dict[str, str]:
+    """One line for each reason: how many, or the one name."""
+    names: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        names.setdefault(why, []).append(name)
+    return {all_[0] if len(all_) == 1 else f"{len(all_)} tensors, such as {all_[0]}": why for why, all_ in names.items()}
+
+
+def _next(to: str, target: str) -> str:
+    if to == "hf":
+        return f'AutoModelForCausalLM.from_pretrained("{target}")'
+    return f"yuan generate --load {target} --input pred_input.jsonl"
+
+
+class _Meter:
+    """Bytes, rate and time left on stderr: a bar on a terminal, elsewhere a line every 10 seconds."""
+
+    def __init__(self, total: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("writing", total=total)
+        self._done, self._total = 0, total
+        self._started = self._shown = time.monotonic()
+
+    def show(self, what: str, count: int) -> None:
+        """`count` more bytes are written, or checked."""
+        self._done += count
+        self._bar.update(self._task, completed=self._done, description=what)
+        now = time.monotonic()
+        if not self._bar.console.is_terminal and now - self._shown > 10:
+            self._shown = now
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate
+            text = f"{what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Meter:
+        if self._bar.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,139 @@
+"""The recipe that goes with converted weights, so that they can be trained and asked without another file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import UserError, raise_all
+from launcher.recipe.frozen import read_frozen
+from launcher.recipe.inference import describes_model
+from launcher.recipe.load import Loaded
+from launcher.recipe.resolve import keep_padded_vocabulary, resolve
+from launcher.recipe.schema import Checkpoint, Convert, Data, Derived, Generate, Launch, Parallel, Recipe, Run, Slurm, Tokenizer
+from launcher.recipe.tokenizer import tokenizer_of, with_copies
+
+if TYPE_CHECKING:  # it imports torch
+    from checkpoints.formats.base import Source
+    from checkpoints.models.model import Model
+
+# Of no meaning for what a model answers: the recipe may say otherwise than the weights' own files.
+_FREE = ("init_method_std", "attention_dropout", "hidden_dropout")
+# What a Hugging Face folder's files make, the first that is there; Yuan's ids are SentencePiece's alone.
+_TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("HuggingFaceTokenizer", {"tokenizer_model": "tokenizer.json"}),
+    ("SentencePieceTokenizer", {"tokenizer_model": "tokenizer.model"}),
+    ("GPT2BPETokenizer", {"vocab_file": "vocab.json", "merge_file": "merges.txt"}),
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFound:
+    """A tokenizer, and the files to keep with the weights; `why` says why there is none."""
+
+    settings: Tokenizer
+    files: tuple[Path, ...]
+    why: str = ""
+
+
+def own_recipe(folder: Path) -> Recipe | None:
+    """The recipe inside a checkpoint's folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return None
+    try:
+        return read_frozen(path)
+    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+        raise UserError(f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}", str(path)) from error
+
+
+def model_of(recipe: Recipe) -> Model:
+    """The model of a resolved recipe, as the room `checkpoints` knows it."""
+    from checkpoints.models.model import Model
+
+    return Model.of(vars(recipe.model), f"recipe {recipe.run.name}", vocab_size=recipe.derived.vocab_size)
+
+
+def agree(loaded: Loaded, model: Model) -> None:
+    """The model that a named recipe describes must be the one that is converted.
+
+    Raises:
+        UserError: with every value that is another.
+    """
+    faults = []
+    for key, source in loaded.sources.items():
+        group, leaf = key.split(".")
+        if group != "model" or leaf in _FREE or not hasattr(model, leaf) or source in ("default", "derived"):
+            continue
+        mine, theirs = getattr(loaded.recipe.model, leaf), getattr(model, leaf)
+        if mine is not None and mine != theirs:
+            faults.append(UserError(f"{key} is {mine}, and the source's is {theirs}", source, f"{key}={theirs}, or another convert.source"))
+    raise_all(faults)
+
+
+def find_tokenizer(loaded: Loaded, source: Source, base: Recipe | None) -> TokenizerFound:
+    """The tokenizer of a source: that of the run it is of, else the recipe's, else what the files beside the weights make.
+
+    Raises:
+        data_tools.errors.TokenizerError: the recipe names one whose files are missing.
+    """
+    from data_tools.errors import TokenizerError
+
+    if base is not None:
+        settings = with_copies(base.tokenizer, source.path / "tokenizer")
+    elif any(key.startswith("tokenizer.") and where not in ("default", "derived") for key, where in loaded.sources.items()):
+        settings = loaded.recipe.tokenizer
+    else:
+        settings = _beside(source)
+        try:
+            tokenizer_of(settings)
+        except TokenizerError as error:
+            ids = Tokenizer(type="NullTokenizer", vocab_size=source.model.vocab_size - 1)
+            return TokenizerFound(ids, (), str(error.what))
+    built = tokenizer_of(settings)
+    return TokenizerFound(settings, (*map(Path, built.files.values()), *built.companions))
+
+
+def _beside(source: Source) -> Tokenizer:
+    there = {path.name: str(path) for path in source.companions}
+    kinds = (("YuanTokenizer", {"tokenizer_model": "tokenizer.model"}),) if source.model.family == "yuan2" else _TOKENIZERS
+    for kind, names in kinds:
+        if all(name in there for name in names.values()):
+            return Tokenizer(type=kind, **{key: there[name] for key, name in names.items()})  # type: ignore[arg-type]
+    return Tokenizer(type="HuggingFaceTokenizer", tokenizer_model=str(source.path / "tokenizer.json"))
+
+
+def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: Tokenizer, precision: str, padded: int, target: Path) -> Recipe:
+    """A resolved recipe of the converted model: what `base` (the run it is of) or the named recipe says of training it, the
+    source's own numbers, and nothing of machines, data and runs.
+
+    `padded` are the rows of the vocabulary's tables as written.
+    """
+    recipe = base or (loaded.recipe if describes_model(loaded) else Recipe())
+    for field in fields(source.model):
+        free = field.name in _FREE and recipe.model.num_layers is not None
+        if hasattr(recipe.model, field.name) and not free:
+            setattr(recipe.model, field.name, getattr(source.model, field.name))
+    for group, fresh in _fresh(target.name).items():
+        setattr(recipe, group, fresh)
+    recipe.tokenizer = tokenizer
+    if tokenizer.type != "NullTokenizer":
+        recipe.tokenizer.vocab_size = source.model.vocab_size
+    recipe.training.precision = precision  # type: ignore[assignment]
+    recipe.training.seq_length = recipe.training.seq_length or source.model.max_position_embeddings
+    resolve(recipe, {}, target.name)
+    recipe.derived.vocab_size = source.model.vocab_size
+    keep_padded_vocabulary(recipe, padded)
+    return recipe
+
+
+def _fresh(name: str) -> dict[str, Any]:
+    return {
+        "parallel": Parallel(), "data": Data(), "checkpoint": Checkpoint(), "launch": Launch(), "slurm": Slurm(), "run": Run(name=name),
+        "generate": Generate(), "convert": Convert(), "derived": Derived(),
+    }  # fmt: skip
