@@ -105,11 +105,15 @@ def _as_if_alone() -> Iterator[None]:
 
 
 def reads_data(recipe: Recipe) -> bool:
-    """Whether this rank reads samples: tensor rank 0 of the first and last stage (of every stage with a document mask)."""
-    if parallel_state.get_tensor_model_parallel_rank() != 0:
-        return False
+    """Whether this rank reads samples: tensor rank 0 of each stage that needs them."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and needs_data(recipe)
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether this stage does: the first and the last, all with a document mask or with Yuan's RoPE by position id."""
+    by_position = recipe.model.family == "yuan2" and recipe.data.reset_position_ids
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return ends or recipe.data.reset_attention_mask
+    return ends or recipe.data.reset_attention_mask or by_position
 
 
 def loader(recipe: Recipe, dataset: Dataset | None, consumed: int) -> Iterator[dict] | None:
@@ -148,12 +152,11 @@ def next_batch(recipe: Recipe, batches: Iterator[dict] | None) -> dict[str, torc
     """The next microbatch on every rank that needs it.
 
     Returns tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32 and attention_mask [b, 1, s, s] bool or
-    None; all None on the stages between first and last. Tensor rank 0 reads and broadcasts.
+    None; all None on the stages that need none. Tensor rank 0 reads and broadcasts.
     """
     names = ["tokens", "labels", "position_ids", "loss_mask", "attention_mask"]
     masked = recipe.data.reset_attention_mask
-    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    if not ends and not masked:
+    if not needs_data(recipe):
         return dict.fromkeys(names)
     sample = next(batches) if batches is not None else None
     if parallel_state.get_tensor_model_parallel_world_size() == 1:

@@ -132,23 +132,23 @@ YUAN2 = {  # what Yuan 2.0 is in every size: its parts and formats know no other
 
 
 def family(case: Case) -> Iterator[Problem]:
-    """Yuan 2.0 is one architecture; the filter's convolutions halve the width, each head has a key of its own."""
+    """Yuan 2.0 is one architecture: each query head has a key of its own, and the filter's convolutions halve the width."""
     m = case.recipe.model
     if m.family != "yuan2":
         if m.rotary_bf16:
             what = "rotary_bf16 is for the released weights of Yuan 2.0: other families turn by angles in fp32"
             yield Problem(what, case.at("model.rotary_bf16", "model.family"), "model.rotary_bf16=false")
         return
-    wrong = [key for key, value in YUAN2.items() if case.value(key) != value]
-    if wrong:
-        fixes = " ".join(f"{key}={str(YUAN2[key]).lower() if YUAN2[key] in (True, False) else YUAN2[key]}" for key in wrong)
-        yield Problem("this is not Yuan 2.0's architecture", case.at(*wrong), f"base: bases/yuan2 in the recipe, or {fixes}")
+    for key, value in YUAN2.items():
+        if case.value(key) != value:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield Problem(f"Yuan 2.0 has {key.removeprefix('model.')} {shown}", case.at(key), f"{key}={shown}; bases/yuan2 has all that is Yuan 2.0's")
     heads, groups = m.num_attention_heads or 0, m.num_query_groups or 0
     if 0 < groups != heads > 0:
         what = f"Yuan 2.0 has a key for each query head: {count(heads, 'head')}, {count(groups, 'query group')}"
         yield Problem(what, case.at("model.num_query_groups", "model.num_attention_heads"), f"model.num_query_groups={heads}")
     if m.hidden_size and m.hidden_size % 2:
-        what = f"the filter between norm and queries halves hidden_size {m.hidden_size}"
+        what = f"Yuan 2.0's filter halves hidden_size {m.hidden_size}"
         yield Problem(what, case.at("model.hidden_size"), f"model.hidden_size={nearest(m.hidden_size, 2)}")
 
 

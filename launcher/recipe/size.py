@@ -81,5 +81,5 @@ def layer_products(recipe: Recipe) -> int:
 
 
 def filter_products(recipe: Recipe) -> int:
-    """Of these the filter's, which every tensor-parallel rank makes whole."""
+    """Of these the filter's: its matrices are whole on every tensor-parallel rank."""
     return 2 * recipe.model.hidden_size**2 if recipe.model.family == "yuan2" else 0

@@ -1,4 +1,4 @@
-"""The recipes through the command line: `yuan check` knows what each is for, and nothing starts Yuan 2.0."""
+"""The recipes through the command line: `yuan check` knows what each is for."""
 
 from importlib.util import find_spec
 
@@ -6,7 +6,6 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.errors import UserError
 from launcher.recipe import load
 
 
@@ -33,20 +32,3 @@ def test_check_for_another_verb_than_the_recipes_own(stand_in):
     stand_in(load(["recipe=llama2_7b_sft"]))
     result = yuan("check", "--for", "pretrain", "recipe=llama2_7b_sft")
     assert result.exit_code == 2 and "nothing says how long to train" in result.stdout and "no training data" in result.stdout
-
-
-def test_pretraining_yuan_is_refused_before_anything_starts(stand_in, tmp_path):
-    words = ["recipe=yuan2_2b", "launch.device=cpu"]
-    stand_in(load(words))
-    before = set(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="no filtered attention"):
-        yuan("pretrain", *words)
-    assert set(tmp_path.rglob("*")) == before
-    assert yuan("check", *words).exit_code == 0
-
-
-def test_answering_with_yuan_is_refused_too(stand_in):
-    words = ["recipe=generate_yuan2_2b", "launch.device=cpu"]
-    stand_in(load(words))
-    with pytest.raises(UserError, match="no filtered attention"):
-        yuan("generate", *words)

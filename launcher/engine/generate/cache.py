@@ -31,6 +31,7 @@ class Step:
 
     Attributes:
         length: positions in the cache.
+        last: [b], where each prompt's last token stands.
         rows: 0 … b - 1; None while the prompts are read.
         positions: [b], where each row's new token stands.
         filled: positions that any row looks at, the longest row's length.
@@ -38,6 +39,7 @@ class Step:
     """
 
     length: int = 0
+    last: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     filled: int = 0
@@ -76,6 +78,28 @@ class CachedAttention(torch.nn.Module):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
+class CachedConv(torch.nn.Module):
+    """Takes the place of a convolution of Yuan's filter, [s, b, in] to [s, b, out]: it keeps each row's last token.
+
+    For a layer these are the normed input of the last token, h, and what the first convolution made of it, h/2.
+    """
+
+    def __init__(self, step: Step, conv: torch.nn.Module):
+        super().__init__()
+        self.step, self.conv = step, conv
+        self.before = torch.empty(0)  # [1, b, in]
+
+    def forward(self, x, joined=None):
+        step = self.step
+        before, self.before = self.before, x
+        if step.rows is None:  # the prompts, right-padded
+            before, self.before = None, x[step.last, torch.arange(x.shape[1], device=x.device)][None]
+        return self.conv(x, before=before)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.before = self.before[:, rows]
+
+
 class CachedModel:
     """This rank's part of the model, with a cache for one batch. Every rank of the model calls the same methods.
 
@@ -86,14 +110,18 @@ class CachedModel:
         """`chunks`: of `build_chunks`, with their weights. Their attention is replaced for good."""
         self.chunks: list[GPTModel] = [unwrap(chunk).eval() for chunk in chunks]
         self.step = Step()
-        self.attentions: list[CachedAttention] = []
+        self.caches: list[CachedAttention | CachedConv] = []
         self.hidden_size, self.dtype = recipe.model.hidden_size, DTYPES[recipe.training.precision]
         self._rotary: torch.Tensor | None = None
         for chunk in self.chunks:
             for layer in chunk.decoder.layers:
-                cached = CachedAttention(self.step, chunk.config.softmax_scale)
-                layer.self_attention.core_attention = cached
-                self.attentions.append(cached)
+                attention = layer.self_attention
+                attention.core_attention = CachedAttention(self.step, chunk.config.softmax_scale)
+                self.caches.append(attention.core_attention)
+                if recipe.model.family == "yuan2":
+                    lfa = attention.filter
+                    lfa.conv1, lfa.conv2 = CachedConv(self.step, lfa.conv1), CachedConv(self.step, lfa.conv2)
+                    self.caches += [lfa.conv1, lfa.conv2]
 
     def prefill(self, ids: torch.Tensor, lengths: torch.Tensor, length: int) -> torch.Tensor | None:
         """Read right-padded prompts [b, s] of `lengths` [b] into a fresh cache of `length` positions.
@@ -103,7 +131,7 @@ class CachedModel:
         self._rotary = None
         if hasattr(self.chunks[0], "rotary_pos_emb"):
             self._rotary = self.chunks[0].rotary_pos_emb(length)  # [length, 1, 1, d]
-        self.step.length, self.step.rows = length, None
+        self.step.length, self.step.last, self.step.rows = length, lengths - 1, None
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         rotary = None if self._rotary is None else self._rotary[: ids.shape[1]]
         return self._forward(ids, positions, rotary, lengths - 1)
@@ -119,8 +147,8 @@ class CachedModel:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows of the batch alone."""
-        for attention in self.attentions:
-            attention.keep(rows)
+        for cache in self.caches:
+            cache.keep(rows)
 
     def _forward(self, ids, positions, rotary, last) -> torch.Tensor | None:
         """Through all stages; under interleaving each rank has its turn once per chunk."""

@@ -51,8 +51,8 @@ def norm(recipe: Recipe) -> int:
 def _residual(recipe: Recipe) -> int:
     """Both norms and both dropouts on the residual stream; with Yuan's filter its convolutions and its norm."""
     filtered = 0
-    if recipe.model.family == "yuan2":  # h/2 between the convolutions, their sum with the input, its norm; on every TP rank
-        filtered = (tokens(recipe) * recipe.model.hidden_size * BYTES[recipe.training.precision]) // 2 + norm(recipe)
+    if recipe.model.family == "yuan2":  # h/2 between the convolutions, their sum with the input, its norm
+        filtered = boundary(recipe) // 2 + norm(recipe)
     return 2 * norm(recipe) + 2 * dropout_mask(recipe) + filtered
 
 

@@ -101,8 +101,7 @@ def shapes(recipe: Recipe) -> Iterator[Change]:
                         "parallel.tensor_model_parallel_size": tp,
                         "parallel.pipeline_model_parallel_size": pp,
                         **stages,
-                        # filtered attention cannot be cut along the sequence
-                        "parallel.sequence_parallel": tp > 1 and recipe.model.family != "yuan2",
+                        "parallel.sequence_parallel": tp > 1,
                         "parallel.use_distributed_optimizer": dp > 1,
                         "parallel.recompute_granularity": None,
                         "parallel.recompute_method": None,

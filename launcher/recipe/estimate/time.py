@@ -92,7 +92,8 @@ def _efficiency(recipe: Recipe) -> float:
 
 def _forward_flops(recipe: Recipe, stage: list[Chunk]) -> float:
     """Of one micro-batch on one rank of a stage."""
-    tp, whole = recipe.parallel.tensor_model_parallel_size, filter_products(recipe)
+    tp = recipe.parallel.tensor_model_parallel_size
+    whole = 0 if recipe.parallel.sequence_parallel else filter_products(recipe)  # of the whole sequence, on every rank
     products = sum(chunk.layers for chunk in stage) * ((layer_products(recipe) - whole) / tp + whole)
     if stage[-1].output:
         products += vocabulary_table(recipe) / tp

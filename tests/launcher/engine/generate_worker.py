@@ -13,6 +13,14 @@ from launcher.workers.entry import run_worker
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7], [2, 7, 1, 8, 2, 8], [9, 9], [6, 28, 49, 6, 12, 0, 13]]
 LIMITS = [12, 9, 12, 3, 12]
+YUAN2 = {
+    "family": "yuan2",
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-6,
+    "swiglu": True,
+    "add_bias_linear": False,
+}
 FAMILIES = {
     "gpt2": {},
     "llama": {
@@ -24,6 +32,7 @@ FAMILIES = {
         "add_bias_linear": False,
         "untie_embeddings_and_output_weights": True,
     },
+    "yuan2": YUAN2,
 }
 
 

@@ -31,6 +31,7 @@ PP4 = "launch.nproc_per_node=4 parallel.pipeline_model_parallel_size=4 "
 VP = PP2 + "parallel.num_layers_per_virtual_pipeline_stage=2 "
 SAMPLES = "training.train_samples=800 "
 ROPE = "model.position_embedding_type=rope "
+YUAN2 = ROPE + "model.family=yuan2 model.normalization=RMSNorm model.swiglu=true model.add_bias_linear=false "
 FULL = "parallel.recompute_granularity=full "
 LAYOUT = "parallel.pipeline_model_parallel_layout="
 GROWS = "optimizer.weight_decay_incr_style=linear "
@@ -66,6 +67,11 @@ BROKEN = {
     ROPE + "model.kv_channels=25": "25 channels of a head are no pairs",
     ROPE + "model.rotary_percent=0.01": "0 channels of a head are no pairs",
     ROPE + "model.rotary_percent=1.5": "model.rotary_percent must be at most 1",
+    "model.rotary_bf16=true": "rotary_bf16 is for the released weights of Yuan 2.0",
+    YUAN2 + "model.swiglu=false": "Yuan 2.0 has swiglu true; model.swiglu=true; bases/yuan2",
+    YUAN2 + "model.normalization=LayerNorm": "Yuan 2.0 has normalization RMSNorm",
+    YUAN2 + "model.num_query_groups=2": "Yuan 2.0 has a key for each query head: 4 heads, 2 query groups; model.num_query_groups=4",
+    YUAN2 + "model.hidden_size=99 model.num_attention_heads=3 model.kv_channels=32": "Yuan 2.0's filter halves hidden_size 99; 98 or 100",
     "model.hidden_dropout=1.5": "model.hidden_dropout must be below 1",
     "model.attention_dropout=-0.1": "model.attention_dropout must be at least 0",
     "model.norm_epsilon=0": "model.norm_epsilon must be above 0",

@@ -144,14 +144,6 @@ def test_a_server_needs_a_free_port(write_recipe):
     assert "no whole checkpoint in gone" in problem.what
 
 
-def test_yuan2_is_checked_with_a_warning_and_refused_at_a_launch():
-    words = ["model.family=yuan2"]
-    (problem,) = problems("sft", *words)
-    assert problem.severity == "warning" and "no filtered attention" in problem.what
-    (problem,) = problems("sft", *words, launching=True)
-    assert problem.severity == "error"
-
-
 @pytest.mark.parametrize(
     "text, verb",
     [
