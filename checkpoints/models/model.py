@@ -16,7 +16,8 @@ class Model:
     """The numbers that decide a model's tensors and what is computed with them.
 
     Every field bears the name and has the meaning of the key in a recipe's group `model`, and of Megatron-LM's argument;
-    `vocab_size` is the number of ids before any padding.
+    `vocab_size` is the number of ids before any padding. With `quantize` int8 the matrices of the layers are whole numbers,
+    with a scale for each output.
     """
 
     family: str
@@ -43,6 +44,7 @@ class Model:
     init_method_std: float = 0.02
     attention_dropout: float = 0.1
     hidden_dropout: float = 0.1
+    quantize: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str, **more: Any) -> Model:
@@ -65,5 +67,5 @@ class Model:
         tied = "" if self.untie_embeddings_and_output_weights else ", tied"
         return (
             f"{self.family}: {self.num_layers} layers, hidden {self.hidden_size}, {self.num_attention_heads} heads{groups},"
-            f" vocabulary {self.vocab_size}{tied}"
+            f" vocabulary {self.vocab_size}{tied}" + (f", weights in {self.quantize}" if self.quantize else "")
         )
