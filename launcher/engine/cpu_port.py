@@ -7,6 +7,8 @@ checkpoints then run unchanged over gloo. `install()` lists every redirection; a
 
 import contextlib
 import functools
+import sys
+import types
 
 import torch
 
@@ -106,6 +108,14 @@ def _tensor_type(original):
     return type_
 
 
+def _accumulate_weight_gradient(inputs: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += gradient.T @ inputs, of [tokens, out] and [tokens, in]."""
+    if main_grad.dtype == inputs.dtype:
+        main_grad.addmm_(gradient.t(), inputs)
+    else:
+        main_grad.add_(gradient.t() @ inputs)
+
+
 def install() -> None:
     """Redirect CUDA names to the CPU. Call once, before megatron.core is imported, where there is no CUDA."""
     cuda = torch.cuda
@@ -147,3 +157,8 @@ def install() -> None:
     # Types: the optimizers sort parameters by the name of their CUDA type, the model by isinstance.
     torch.Tensor.type = _tensor_type(torch.Tensor.type)
     cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, torch.BFloat16Tensor
+
+    # Apex's kernel behind gradient_accumulation_fusion: no gradient of its own for each matrix, to be added up afterwards.
+    apex = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    apex.wgrad_gemm_accum_fp32 = apex.wgrad_gemm_accum_fp16 = _accumulate_weight_gradient
+    sys.modules[apex.__name__] = apex

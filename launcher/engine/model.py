@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from launcher.engine.initialize import virtual_pipeline_size
+from launcher.engine.language_model import LanguageModel
 from launcher.recipe.schema import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +69,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # Interleaving sends and receives in pairs as they come; otherwise NCCL batches them. gloo cannot batch.
         overlap_p2p_comm=virtual_pipeline_size(recipe) is not None,
         batch_p2p_comm=not on_cpu and virtual_pipeline_size(recipe) is None,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_cpu,  # launcher/engine/cpu_port.py has its kernel; a GPU's is in Apex
         masked_softmax_fusion=False,
         bias_activation_fusion=not on_cpu and (model.swiglu or model.add_bias_linear and not model.openai_gelu),
         bias_dropout_fusion=not on_cpu,
@@ -85,9 +85,9 @@ def activation(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
     return partial(torch.nn.functional.gelu, approximate="tanh") if recipe.model.openai_gelu else torch.nn.functional.gelu
 
 
-def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> GPTModel:
+def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> LanguageModel:
     """One chunk of the model on this rank; `pre` holds the embedding, `post` the output layer and the loss."""
-    model, kind, more = recipe.model, GPTModel, {}
+    model, kind, more = recipe.model, LanguageModel, {}
     if transformer_engine(recipe):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -121,7 +121,7 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
     )
 
 
-def build_chunks(recipe: Recipe, config: TransformerConfig) -> list[GPTModel]:
+def build_chunks(recipe: Recipe, config: TransformerConfig) -> list[LanguageModel]:
     """This rank's model chunks, one without interleaving, in the recipe's precision and on this rank's device."""
     chunks = []
     for vp_stage in range(config.virtual_pipeline_model_parallel_size or 1):
@@ -166,7 +166,7 @@ def wrap_data_parallel(recipe: Recipe, config: TransformerConfig, chunks: list) 
     return wrapped
 
 
-def unwrap(module: torch.nn.Module) -> GPTModel:
+def unwrap(module: torch.nn.Module) -> LanguageModel:
     """The GPTModel inside data-parallel and precision wrappers."""
     while hasattr(module, "module"):
         module = module.module

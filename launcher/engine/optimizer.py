@@ -1,7 +1,8 @@
 """Optimizer, learning-rate schedule and batch-size calculator, from a recipe to megatron-core's objects."""
 
+import torch
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from launcher.engine.model import DTYPES
@@ -34,7 +35,28 @@ def build_optimizer(recipe: Recipe, chunks: list) -> MegatronOptimizer:
     )
     built = get_megatron_optimizer(config, chunks)
     initialize_state(built)
-    return built
+    torchs = all(isinstance(part.optimizer, torch.optim.AdamW) for part in built.chained_optimizers)
+    return ClippingAdam(built.chained_optimizers) if torchs else built
+
+
+class ClippingAdam(ChainedOptimizer):
+    """megatron-core's step, but torch's fused AdamW clips the gradients as it reads them.
+
+    That saves four passes over all gradients: megatron-core's own clipping without Apex makes a scaled copy of each and
+    copies it back.
+    """
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float | None, None]:
+        """Whether the weights were updated (not where a gradient overflowed in fp16), and the norm before clipping."""
+        if self.prepare_grads():
+            return False, None, None
+        norm, limit = self.get_grad_norm(), self.config.clip_grad
+        divisor = max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
+        for part in self.chained_optimizers:
+            if part.optimizer is not None:
+                part.optimizer.grad_scale = torch.tensor(divisor, device=torch.cuda.current_device())
+        return self.step_with_ready_grads(), norm, None
 
 
 def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

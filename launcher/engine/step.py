@@ -10,21 +10,20 @@ from launcher.engine.data import next_batch
 from launcher.recipe.schema import Recipe
 
 
-def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
-    """Sum of the losses [b, s] where the mask is 1, the number of these tokens, and both for the log.
+def masked_loss(loss_mask: torch.Tensor, total: torch.Tensor):
+    """The model's sum of masked losses, the number of these tokens, and both for the log.
 
     megatron-core's schedule divides by the number of tokens and of microbatches before the backward pass.
     """
-    mask = loss_mask.reshape(-1).float()
-    total = torch.sum(losses.reshape(-1).float() * mask)
-    tokens = mask.sum().to(torch.int)
+    tokens = loss_mask.float().sum().to(torch.int)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 
 def forward_step(recipe: Recipe, batches, model: torch.nn.Module):
     """Run one microbatch through a model chunk; the schedule calls the returned function where there is a loss."""
     batch = next_batch(recipe, batches)
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(masked_loss, batch["loss_mask"])
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import Attention
@@ -23,6 +22,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import linear, pad
+
+from launcher.engine.language_model import LanguageModel
 
 
 class TwoTaps(torch.autograd.Function):
@@ -209,8 +210,8 @@ class BFloat16Rotary(RotaryEmbedding):
         return torch.outer(positions.bfloat16(), self.inv_freq.bfloat16())
 
 
-class Yuan2Model(GPTModel):
-    """GPTModel whose RoPE turns by position id where `rotary_by_position` (megatron-core's: by place in the sample)."""
+class Yuan2Model(LanguageModel):
+    """A model whose RoPE turns by position id where `rotary_by_position` (megatron-core's: by place in the sample)."""
 
     def __init__(self, config: TransformerConfig, *args, rotary_by_position: bool, rotary_bf16: bool, **more):
         super().__init__(config, *args, **more)

@@ -1,0 +1,89 @@
+"""megatron-core's GPTModel with another way through the vocabulary's two ends, the table and the loss."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from launcher.engine.loss import linear_cross_entropy
+
+
+class LanguageModel(GPTModel):
+    """A GPTModel that gives, where there are labels, the sum of the masked losses; without labels its logits.
+
+    `model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)`, all but the attention mask [b, s],
+    is a number in fp32 on the last pipeline stage.
+    """
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        if self.pre_process and self.config.gradient_accumulation_fusion:
+            table = self.embedding.word_embeddings
+            table.__class__ = AccumulatingEmbedding  # megatron-core's class, made deep inside; the same tensors
+            table.tied_here = self.post_process and self.share_embeddings_and_output_weights
+            table.weight.zero_out_wgrad = False  # the zeros stood for what the table's own gradient was added to
+
+    def _postprocess(self, hidden_states, *, labels, loss_mask, **rest):
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        tp = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp)
+        return linear_cross_entropy(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            weight,
+            labels.t().reshape(-1),
+            loss_mask.t().reshape(-1),
+            tp,
+            add_to_main_grad=self.config.gradient_accumulation_fusion,
+            expected_scale=self._expected_scale(loss_mask),
+        )
+
+    def _expected_scale(self, loss_mask: torch.Tensor) -> float:
+        """fp16: what the schedule will multiply the loss by, but for the number of microbatches."""
+        if not self.config.fp16 or self.config.grad_scale_func is None:
+            return 1.0
+        return self.config.grad_scale_func(torch.ones(())).item() / max(1.0, loss_mask.sum().item())
+
+
+class AccumulatingEmbedding(VocabParallelEmbedding):
+    """The vocabulary's table, whose gradient adds the batch's few rows to `main_grad`.
+
+    By itself it makes a gradient as large as the table, nearly all of it zeros, and adds that up.
+    """
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        here = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
+        rows = _Rows.apply((input_ - self.vocab_start_index) * here, self.weight, self.tied_here)
+        if self.tp_group.size() > 1:
+            rows = rows * here.unsqueeze(-1)
+        if self.reduce_scatter_embeddings:
+            return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(), group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight, tied_here):
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.tied_here = weight, tied_here
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (ids,) = ctx.saved_tensors
+        rows, main_grad = grad_output.reshape(-1, grad_output.shape[-1]), ctx.weight.main_grad
+        main_grad.index_add_(0, ids.reshape(-1), rows.to(main_grad.dtype))
+        ctx.weight.grad_added_to_main_grad = True
+        # Tied, the loss has returned a gradient for the hooks; else an unwritten one tells them.
+        return None, None if ctx.tied_here else torch.empty_like(ctx.weight), None
