@@ -34,7 +34,7 @@ class Stored:
         """Bytes from its first element to its last."""
         if 0 in self.shape:
             return 0
-        strides = self.strides or _contiguous(self.shape)
+        strides = self.strides or contiguous(self.shape)
         return (1 + sum((size - 1) * stride for size, stride in zip(self.shape, strides, strict=True))) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Stored:
             except ValueError as error:
                 raise CheckpointError(f"{self.path} is cut off: it ends before byte {self.offset + self.nbytes:,}") from error
         flat = _elements(pages, self.dtype, self.nbytes // self.dtype.itemsize, self.offset - start)
-        return flat.as_strided(self.shape, self.strides or _contiguous(self.shape))
+        return flat.as_strided(self.shape, self.strides or contiguous(self.shape))
 
 
 def _elements(pages: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
@@ -63,7 +63,8 @@ def _elements(pages: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> 
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=offset)
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, in elements."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

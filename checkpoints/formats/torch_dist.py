@@ -18,7 +18,7 @@ import json
 import pickle
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from checkpoints.files import pickled
-from checkpoints.files.stored import DTYPES, Stored, inside
+from checkpoints.files.stored import Stored, inside
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Readable, Source, Target, by_own_names
 from checkpoints.models import gpt
+from checkpoints.models.megatron import args_of
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor, pad
 
@@ -227,17 +228,6 @@ class TorchDist(Target):
 
     def _common(self) -> dict[str, Any]:
         """What Megatron-LM looks for before it loads tensors; weights alone, so nothing of an optimizer."""
-        dtypes = set(self.dtypes.values())
-        args = asdict(self.model) | {
-            "add_position_embedding": self.model.position_embedding_type == "learned_absolute",
-            "padded_vocab_size": self._padded,
-            "tensor_model_parallel_size": 1,
-            "pipeline_model_parallel_size": 1,
-            "iteration": 0,
-            "consumed_train_samples": 0,
-            "consumed_valid_samples": 0,
-            "fp16": dtypes == {DTYPES["fp16"]},
-            "bf16": dtypes == {DTYPES["bf16"]},
-        }
         sharding = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
-        return {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0, "content_metadata": sharding}
+        args = args_of(self.model, self._padded, self.dtypes.values())
+        return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": sharding}

@@ -38,14 +38,17 @@ TRANSPOSED = Layout(lambda whole: [whole.t()], lambda pieces: pieces[0].t())  # 
 HALVES = Layout(lambda whole: whole.chunk(2), lambda pieces: torch.cat(list(pieces)))  # [gate; up], in two tensors
 
 
-def separate_qkv(model: Model) -> Layout:
-    """Query, key and value in a tensor each, rows head by head; ours are group by group the queries, the key, the value."""
+def separate_qkv(model: Model, keys: Sequence[int] = (1, 1)) -> Layout:
+    """Query, key and value in a tensor each, rows head by head; ours are group by group the queries, the key, the value.
+
+    With `keys` (2,) key and value share one: group by group the key, the value.
+    """
     groups, channels = model.num_query_groups, model.kv_channels
     queries = model.num_attention_heads // groups
 
     def split(whole: torch.Tensor) -> list[torch.Tensor]:
         grouped = whole.view(groups, queries + 2, channels, *whole.shape[1:])
-        return [rows.flatten(0, 2) for rows in grouped.split([queries, 1, 1], dim=1)]
+        return [rows.flatten(0, 2) for rows in grouped.split([queries, *keys], dim=1)]
 
     def join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([rows.reshape(groups, -1, channels, *rows.shape[1:]) for rows in pieces], dim=1).flatten(0, 2)

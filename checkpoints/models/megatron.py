@@ -1,11 +1,17 @@
-"""The model that Megatron-LM's saved settings describe: the `args` of a checkpoint."""
+"""Megatron-LM's saved settings, the `args` of a checkpoint: the model that they describe, and those that describe a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from checkpoints.folder import CheckpointError
 from checkpoints.models.model import Model
+
+if TYPE_CHECKING:
+    import torch
 
 
 def model_of(args: Mapping[str, Any], where: str, **more: Any) -> Model:
@@ -33,3 +39,43 @@ def _family(args: Mapping[str, Any]) -> str:
     if args.get("use_lf_gate"):
         return "yuan2"
     return "llama" if args.get("position_embedding_type") == "rope" else "gpt2"
+
+
+def model_with_ids(args: Mapping[str, Any], where: str, vocab_size: int | None) -> Model:
+    """`model_of` where nothing beside the weights says how many ids there are.
+
+    Raises:
+        CheckpointError: the settings do not say it either, or something else is missing.
+    """
+    ids = vocab_size or args.get("vocab_size")
+    if args and not ids:
+        rows = args.get("padded_vocab_size")
+        raise CheckpointError(f"{where} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size")
+    return model_of(args, where, vocab_size=ids)
+
+
+def args_of(model: Model, rows: int, dtypes: Iterable[torch.dtype], **more: Any) -> Namespace:
+    """The settings that go with weights alone: what Megatron-LM looks at before it loads tensors, and the model itself.
+
+    Args:
+        rows: of the vocabulary's tables, padding included.
+        dtypes: of the tensors.
+        more: further settings, such as the ranks.
+    """
+    import torch
+
+    found = set(dtypes)
+    args = asdict(model) | {
+        "add_position_embedding": model.position_embedding_type == "learned_absolute",
+        "group_query_attention": model.num_query_groups != model.num_attention_heads,
+        "seq_length": model.max_position_embeddings,
+        "padded_vocab_size": rows,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "fp16": found == {torch.float16},
+        "bf16": found == {torch.bfloat16},
+    }
+    return Namespace(**args | more)
