@@ -79,8 +79,8 @@ class PartFiles:
         sizes = np.fromfile(self.sizes(key), dtype="<i4")
         return sizes[documents:], sizes[:documents]
 
-    def read(self, itemsize: int) -> Part | None:
-        """The part, where it is whole; `itemsize` is that of a token in bytes."""
+    def read(self, dtypes: Sequence[np.dtype]) -> Part | None:
+        """The part, where it is whole; `dtypes` are those of each key's tokens."""
         try:
             record = json.loads(Path(f"{self._stem}.json").read_text(encoding="utf-8"))
             record["counts"] = [Counts(**count) for count in record["counts"]]
@@ -88,7 +88,7 @@ class PartFiles:
             sizes = [self.tokens(i).stat().st_size for i in range(len(part.counts)) if self.sizes(i).is_file()]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return part if sizes == [count.tokens * itemsize for count in part.counts] else None
+        return part if sizes == [count.tokens * dtype.itemsize for count, dtype in zip(part.counts, dtypes, strict=True)] else None
 
     def begin(self) -> None:
         """The part is not whole from here on: an older record must not speak for new tokens of the same size."""
@@ -115,13 +115,23 @@ class BlockEncoder:
     keys: tuple[str, ...]
     append_eod: bool
     max_bad: int
-    folder: str
+    folder: str = ""
+
+    def plan(self) -> dict[str, object]:
+        """All that the parts depend on, besides where the input is cut and the text in it, which each part's sha256 holds."""
+        tokenizer = self.tokenizer
+        return {
+            "tokenizer": {"type": tokenizer.type, "sha256": tokenizer.hash(), "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
+            "json_keys": list(self.keys),
+            "append_eod": self.append_eod,
+            "max_bad": self.max_bad,
+        }
 
     def __call__(self, item: tuple[int, Block]) -> Part:
         number, block = item
         lines, digest = block.read_hashed()
         files = PartFiles(self.folder, number)
-        before = files.read(self._dtype.itemsize)
+        before = files.read(self.dtypes)
         if before and before.input_sha256 == digest:
             return before
         files.begin()
@@ -215,7 +225,7 @@ class BlockEncoder:
         """Texts, of which each document has so many, as ids. As Megatron-LM: an empty sentence is no sequence, and a
         document without any gets no end of document either."""
         ids, lengths = self.tokenizer.encode_arrays(texts)
-        tokens = ids.astype(self._dtype)
+        tokens = ids.astype(self.dtypes[0])
         document = np.repeat(np.arange(len(sentences)), sentences)[lengths > 0]
         lengths = lengths[lengths > 0]
         sequences = np.bincount(document, minlength=len(sentences))
@@ -224,14 +234,15 @@ class BlockEncoder:
             lengths = lengths + last
             is_text = np.ones(len(tokens) + int(last.sum()), dtype=bool)
             is_text[np.cumsum(lengths)[last] - 1] = False
-            ended = np.full(len(is_text), self.tokenizer.eod, dtype=self._dtype)
+            ended = np.full(len(is_text), self.tokenizer.eod, dtype=tokens.dtype)
             ended[is_text] = tokens
             tokens = ended
         return Column(tokens, lengths.astype("<i4"), sequences.astype("<i4"))
 
     @property
-    def _dtype(self) -> np.dtype:
-        return token_dtype(self.tokenizer.vocab_size)
+    def dtypes(self) -> list[np.dtype]:
+        """What is written for each key."""
+        return [token_dtype(self.tokenizer.vocab_size)] * len(self.keys)
 
 
 def too_many_bad(allowed: int, lines: Sequence[tuple[str, str, str]]) -> InputError:

@@ -260,6 +260,11 @@ class IndexedReader:
         start = int(self.offsets[sequence]) // self.dtype.itemsize
         return self._data[start : start + int(self.lengths[sequence])]
 
+    def run(self, first: int, stop: int) -> np.ndarray:
+        """Tokens of the sequences from `first` to before `stop`, one after another, a view into the file."""
+        start = int(self.offsets[first]) // self.dtype.itemsize if first < stop else 0
+        return self._data[start : start + int(self.lengths[first:stop].sum(dtype="i8"))]
+
     def document(self, number: int) -> list[np.ndarray]:
         """The sequences of one document; IndexError outside 0 to documents - 1."""
         if not 0 <= number < self.documents:

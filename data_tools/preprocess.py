@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -75,36 +75,52 @@ def preprocess(
     keys = tuple(json_keys)
     if not keys or len(set(keys)) < len(keys):
         raise InputError(f"each key once, and at least one, not {list(keys)}", "preprocess.json_keys", "--json-keys text")
-    sources, output_prefix = find_sources(input, format), sharded_prefix(output_prefix, shard)
+    encoder = BlockEncoder(tokenizer, keys, append_eod, max_bad)
+    return encode_files(encoder, find_sources(input, format), output_prefix, workers, shard=shard, part_bytes=part_bytes, progress=progress)
+
+
+def encode_files(
+    encoder: BlockEncoder,
+    sources: Sequence[Source],
+    output_prefix: str | Path,
+    workers: int = 1,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    part_bytes: int | None = None,
+    progress: Callable[[list[Counts]], None] | None = None,
+) -> dict[str, Counts]:
+    """What `preprocess` does, with another encoder too: a pair for each of its keys. Arguments and errors as there."""
+    keys, output_prefix = encoder.keys, sharded_prefix(output_prefix, shard)
     size = part_bytes or max(_SMALLEST_PART, min(_LARGEST_PART, sum(source.size for source in sources) // _PARTS))
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
     folder = Path(f"{output_prefix}.unfinished")
+    encoder = replace(encoder, folder=str(folder))
     counts, parts = {key: Counts() for key in keys}, hashlib.sha256()
     bad: list[tuple[str, str, str]] = []
     with ExitStack() as stack:
         stack.callback(Lock(Path(f"{output_prefix}.lock")).release)  # of the folder, which runs of other keys would share
-        writers = [stack.enter_context(IndexedWriter(dataset_prefix(output_prefix, key), token_dtype(tokenizer.vocab_size))) for key in keys]
-        plan = _plan(tokenizer, keys, append_eod, max_bad, size, sources, shard)
+        outputs = zip((dataset_prefix(output_prefix, key) for key in keys), encoder.dtypes, strict=True)
+        writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix, dtype in outputs]
+        plan = {**encoder.plan(), "shard": list(shard), "part_bytes": size, "inputs": [asdict(source) for source in sources]}
         _open_folder(folder, plan)
         stack.callback(_remove_if_empty, folder)
-        encode = BlockEncoder(tokenizer, keys, append_eod, max_bad, str(folder))
         cut = chain.from_iterable(blocks(source, size, keys, start, end) for source, start, end in shares(sources, shard))
-        tokenizer.engine  # built once, before the workers are forked
-        for part in stack.enter_context(closing(_encode_all(encode, enumerate(cut), workers))):
+        encoder.tokenizer.engine  # built once, before the workers are forked
+        for part in stack.enter_context(closing(_encode_all(encoder, enumerate(cut), workers))):
             _join(part, folder, writers)
             parts.update(part.input_sha256.encode())
             for count, done in zip(counts.values(), part.counts, strict=True):
                 count.add(done)
             bad += part.bad_lines[: BAD_SHOWN - len(bad)]
-            if counts[keys[0]].bad > max_bad:
-                raise too_many_bad(max_bad, bad)
+            if counts[keys[0]].bad > encoder.max_bad:
+                raise too_many_bad(encoder.max_bad, bad)
             if progress:
                 progress(list(counts.values()))
         if not all(count.tokens for count in counts.values()):
             shutil.rmtree(folder)
             raise _empty(counts, sources[0].path)
         for writer, count in zip(writers, counts.values(), strict=True):
-            writer.finish(_manifest(tokenizer, plan, count, parts.hexdigest(), bad))
+            writer.finish(_manifest(encoder.tokenizer, plan, count, parts.hexdigest(), bad))
         shutil.rmtree(folder)
     return counts
 
@@ -122,19 +138,6 @@ def shares(sources: Sequence[Source], shard: tuple[int, int]) -> Iterator[tuple[
         elif not source.is_seekable and low <= before < high:
             yield source, 0, source.size
         before += source.size
-
-
-def _plan(tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool, max_bad: int, size: int, sources: list[Source], shard: tuple[int, int]) -> dict[str, object]:  # fmt: skip
-    """All that the parts depend on, besides the text in them, which each part's sha256 holds."""
-    return {
-        "tokenizer": {"type": tokenizer.type, "sha256": tokenizer.hash(), "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
-        "json_keys": list(keys),
-        "append_eod": append_eod,
-        "max_bad": max_bad,
-        "shard": list(shard),
-        "part_bytes": size,
-        "inputs": [asdict(source) for source in sources],
-    }
 
 
 def _open_folder(folder: Path, plan: dict[str, object]) -> None:

@@ -82,18 +82,26 @@ PARSERS = {"jsonl": parse_json, "json": parse_json, "parquet": parse_json, "text
 
 
 def _parse_slowly(line: bytes, keys: Sequence[str]) -> list[Sentences]:
-    """What the fast parser did not take: the standard library takes some of it (NaN), and says of the rest what is wrong."""
+    record = parse_value(line)
+    if not isinstance(record, dict):
+        raise BadLine(f"not a JSON object: {beginning(_decode(line))}", 'each line is an object such as {"text": "..."}')
+    return [_sentences(record, key) for key in keys]
+
+
+def parse_value(line: bytes) -> Any:
+    """What the fast parser did not take: the standard library takes some of it (NaN), and says of the rest what is wrong.
+
+    Raises:
+        BadLine: not UTF-8, or not JSON.
+    """
     text = _decode(line)
     if not text.strip():
         raise BadLine("a blank line, where a JSON object should be", "remove blank lines: sed -i '/^[[:space:]]*$/d' FILE")
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise BadLine(f"not JSON ({reason}): {beginning(text)}", "mend or remove the line") from None
-    if not isinstance(record, dict):
-        raise BadLine(f"not a JSON object: {beginning(text)}", 'each line is an object such as {"text": "..."}')
-    return [_sentences(record, key) for key in keys]
 
 
 def _sentences(record: dict[str, object], key: str) -> Sentences:
@@ -105,13 +113,19 @@ def _sentences(record: dict[str, object], key: str) -> Sentences:
     for sentence in sentences:
         if not isinstance(sentence, str):
             raise BadLine(f"{key!r} is not text but {json.dumps(sentence)[:80]}", "a string, or a list of strings")
-        try:
-            sentence.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(sentence[error.start]):04x}"
-            fix = "mend the line: both halves of the pair, or U+FFFD in its place"
-            raise BadLine(f"{key!r} has {half}, half of a surrogate pair, which no text can hold", fix) from None
+        whole_text(sentence, repr(key))
     return sentences
+
+
+def whole_text(text: str, name: str) -> str:
+    """The text itself; BadLine where it holds half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        fix = "mend the line: both halves of the pair, or U+FFFD in its place"
+        raise BadLine(f"{name} has {half}, half of a surrogate pair, which no text can hold", fix) from None
+    return text
 
 
 def _decode(line: bytes) -> str:

@@ -33,6 +33,7 @@ class Tokenizer(ABC):
 
     type: str
     eod: int
+    bos: int | None = None
     vocab_size: int
     special_tokens: dict[str, int]
     files: dict[str, Path]
@@ -48,6 +49,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no end of document is added."""
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The same, but what spells a special token is text: for what users say."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in order; on one thread."""

@@ -13,7 +13,8 @@ from data_tools.tokenizers.gigatoken import GigatokenBatches
 
 # One thread per process: preprocessing has its workers, and threads do not survive the data loader's fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+TEMPLATE = "chat_template.jinja"
 
 
 class LibraryTokenizer(GigatokenBatches):
@@ -32,6 +33,13 @@ class LibraryTokenizer(GigatokenBatches):
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=self._adds).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        self._backend.encode_special_tokens = True  # the library's word for encoding them as text
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = False
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast variant leaves out the offsets that nobody asked for.
@@ -79,8 +87,8 @@ class HuggingFaceTokenizer(LibraryTokenizer):
             raise TokenizerError(f"not a tokenizer.json: {error}", str(tokenizer_model), fix) from error
         backend.no_truncation()  # either may be stored in the file, and cuts texts or fills them up
         backend.no_padding()
-        self.companions = tuple(path for name in _COMPANIONS if (path := tokenizer_model.with_name(name)).is_file())
-        config = _read_configs(self.companions)
+        self.companions = tuple(path for name in (*_CONFIGS, TEMPLATE) if (path := tokenizer_model.with_name(name)).is_file())
+        config = _read_configs([path for path in self.companions if path.name != TEMPLATE])
         _add_tokens(backend, config.get("added_tokens_decoder") or {}, tokenizer_model)
         self._backend, self._adds = backend, tokenizer_hf_include_special_tokens
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -89,6 +97,8 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         eod_token = eod_token or _content(config.get("eos_token"))
         self.eod = _find_eod(vocab, eod_token, tokenizer_model, self.special_tokens)
         self.special_tokens[str(eod_token)] = self.eod
+        bos = vocab.get(_content(config.get("bos_token")) or "")
+        self.bos = bos if bos in self.special_ids and bos != self.eod else None
         self.files = {"tokenizer_model": tokenizer_model}
         self.options = {"eod_token": eod_token, "tokenizer_hf_include_special_tokens": tokenizer_hf_include_special_tokens}
         self.settings = {"use_gigatoken": use_gigatoken}

@@ -41,6 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._processor.get_piece_size()
         controls = (i for i in range(self.vocab_size) if self._processor.is_control(i))
         self.special_tokens = {self._processor.id_to_piece(i): i for i in controls}
+        self.bos = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.files = {"tokenizer_model": tokenizer_model}
         self.options = {}
 

@@ -51,12 +51,16 @@ class YuanTokenizer(SentencePieceTokenizer):
         self._split_off |= {token: self.vocab_size + i for i, token in enumerate(added)}
         self.vocab_size += len(added)
         self.eod = self._split_off[END_OF_DOCUMENT]
+        self.bos = None
         self.special_tokens |= self._split_off
         self._names = {i: token for token, i in self.special_tokens.items()}
         self._pattern = re.compile("(" + "|".join(map(re.escape, self._split_off)) + ")")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_arrays([text])[0].tolist()
+
+    def encode_plain(self, text: str) -> list[int]:
+        return super().encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids, lengths = self.encode_arrays(texts)

@@ -53,15 +53,20 @@ def rows(case: Case) -> Iterator[Problem]:
 
 
 def _one_file(case: Case, key: str, name: object) -> Iterator[Problem]:
+    from data_tools.conversations import conversation
     from data_tools.errors import InputError
-    from data_tools.rows import check_row, first_rows
+    from data_tools.records import BadLine
+    from data_tools.rows import first_rows
 
     if not isinstance(name, str):
         yield Problem(f"{key} names a file or a list of files, and {name!r} is neither", case.at(key), f"{key}=FILE.jsonl")
         return
     try:
         for where, row in first_rows(Path(name), ROWS_READ):
-            check_row(where, row)
+            try:
+                conversation(row)
+            except BadLine as bad:
+                raise bad.at(where) from None
     except InputError as error:
         yield Problem(error.what, f"{error.where}, {case.at(key)}" if error.where else case.at(key), error.fix)
 

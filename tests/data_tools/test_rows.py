@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import rows, sources
+from data_tools import sources
 from data_tools.errors import InputError
-from data_tools.rows import check_row, first_rows
+from data_tools.rows import first_rows
 
 values = st.recursive(st.text(max_size=9) | st.integers() | st.booleans() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 records = st.lists(st.dictionaries(st.text(max_size=9), values, max_size=4), min_size=1, max_size=8)
@@ -64,18 +64,3 @@ def test_what_is_no_file_of_rows_is_refused(tmp_path, content, words):
     with pytest.raises(InputError, match=words) as caught:
         list(first_rows(path, 5))
     assert str(path) in caught.value.where and caught.value.fix
-
-
-@pytest.mark.parametrize("question", rows.QUESTION_KEYS)
-@pytest.mark.parametrize("answer", rows.ANSWER_KEYS)
-def test_a_row_has_a_question_and_an_answer(question, answer):
-    check_row("x:1", {question: "", answer: "yes", "more": 1})
-    for wrong, words in (({question: "a", answer: " "}, "empty answer"), ({question: "a"}, "no answer"), ({answer: "a"}, "no question")):
-        with pytest.raises(InputError, match=words):
-            check_row("x:1", wrong)
-
-
-@pytest.mark.parametrize("row", [["a", "b"], "text", None, 3])
-def test_a_row_is_an_object(row):
-    with pytest.raises(InputError, match="not an object"):
-        check_row("x:1", row)

@@ -1,0 +1,119 @@
+"""A tokenizer's own chat template: the Jinja text that lies in its tokenizer_config.json, or beside it in chat_template.jinja.
+
+Written as `transformers` writes it (trim_blocks, lstrip_blocks, loop controls, raise_exception, a sandbox).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from data_tools.conversations import Conversation
+from data_tools.errors import TokenizerError
+from data_tools.records import BadLine
+from data_tools.templates import Piece, Template, name_of
+from data_tools.tokenizers.base import Tokenizer
+
+_MARK = re.compile("\ue000(\\d+)\ue001")  # of private use: stands for a message's text while the template writes around it
+
+
+class JinjaTemplate(Template):
+    """Renders by the tokenizer's own template. What it writes around the messages may spell special tokens, they may not.
+
+    Trained is an answer with what follows it up to the first special token, which ends it; without one, the end of document.
+
+    Raises:
+        TokenizerError: there is no template, or it is not one.
+    """
+
+    name = "tokenizer"
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self._template = _compile(*_source(tokenizer))
+        names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self._signs = re.compile("|".join([_MARK.pattern, *map(re.escape, names)]))
+
+    def pieces(self, turns: Conversation) -> Iterator[Piece]:
+        texts = [turn.whole for turn in turns]
+        marked = self._write(turns, _marks(len(turns)))
+        written = self._write(turns, texts)
+        for fill in (texts, [text.strip() for text in texts]):  # many templates strip what they are given
+            if _MARK.sub(lambda mark: fill[int(mark[1])], marked) == written:
+                yield from self._cut(marked, turns, fill)
+                return
+        raise BadLine("the tokenizer's template changes what is said in it", "another template: tokenizer.chat_template=chatml")
+
+    def _cut(self, marked: str, turns: Conversation, texts: list[str]) -> Iterator[Piece]:
+        begins, at, answering = self._begins(marked, turns), 0, False
+        for match in [*self._signs.finditer(marked), None]:
+            end = match.start() if match else len(marked)
+            for stop in sorted({begin for begin in begins if at <= begin < end} | {end}):
+                yield Piece(marked[at:stop], answering)
+                at, answering = stop, answering or stop in begins
+            if match and match[1]:
+                answering = turns[int(match[1])].role == "assistant"
+                yield Piece(texts[int(match[1])], answering)
+            elif match:
+                yield Piece(match[0], answering, special=True)
+                answering = False
+            at = match.end() if match else at
+        if answering:
+            yield Piece(self._end, True, special=True)
+
+    def _begins(self, marked: str, turns: Conversation) -> set[int]:
+        """Where in `marked` answers begin: behind the prompt that asks for each, which may end before a space."""
+        prompts = [self._write(turns[:k], _marks(k)) for k, turn in enumerate(turns) if turn.role == "assistant"]
+        return {len(prompt) for prompt in prompts if marked.startswith(prompt)}
+
+    def _write(self, turns: Conversation, texts: Sequence[str]) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=turns[-1].role == "user", **self._tokens)
+        except TemplateError as error:
+            raise BadLine(f"the tokenizer's template refuses it: {error}", "mend the row, or take another template") from None
+
+    @cached_property
+    def _tokens(self) -> dict[str, Any]:
+        bos = self.tokenizer.bos
+        return {"eos_token": self._end, "bos_token": "" if bos is None else name_of(self.tokenizer, bos)}
+
+
+def _marks(count: int) -> list[str]:
+    return [f"\ue000{number}\ue001" for number in range(count)]
+
+
+def _source(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The template and the file it is in."""
+    for path in sorted(tokenizer.companions, key=lambda path: path.suffix != ".jinja"):
+        if path.suffix == ".jinja":
+            return path.read_text(encoding="utf-8"), str(path)
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {one.get("name"): one.get("template") for one in template}.get("default")
+        if isinstance(template, str):
+            return template, str(path)
+    where = str(next(iter(tokenizer.files.values()), ""))
+    raise TokenizerError("the tokenizer has no chat template of its own", where, "name one, such as tokenizer.chat_template=alpaca")
+
+
+def _compile(source: str, where: str) -> Any:
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise TokenizerError(f"the chat template is not Jinja: {error}", where, "fetch the file again, or name another template") from None

@@ -1,0 +1,150 @@
+"""Rows of fine-tuning data → their tokens and which of these are trained, prepared once and kept beside the data.
+
+Two of Megatron's pairs, document for document and token for token alike: `<prefix>_sft_document`, the tokens, and
+`<prefix>_sft_mask_document`, uint8, 1 for what is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.conversations import conversation
+from data_tools.encode import BlockEncoder, Column, Counts, Part
+from data_tools.errors import IndexedError
+from data_tools.indexed import IndexedReader, token_dtype
+from data_tools.preprocess import dataset_prefix, encode_files
+from data_tools.records import BadLine
+from data_tools.rows import parse_row
+from data_tools.sources import Block, Format, find_sources
+from data_tools.templates import Rendered, Template, build_template
+from data_tools.tokenizers import Tokenizer
+
+KEYS = ("sft", "sft_mask")
+_ROWS = 1 << 16  # looked at together
+
+
+@dataclass
+class ConversationEncoder(BlockEncoder):
+    """Rows as tokens and masks; of `keys` the first is the tokens, the second the masks."""
+
+    template: str = ""
+    last_only: bool = False
+
+    def plan(self) -> dict[str, object]:
+        return {**super().plan(), "template": self.template, "last_only": self.last_only, "companions": _hashes(self.tokenizer)}
+
+    @cached_property
+    def _template(self) -> Template:
+        return build_template(self.template, self.tokenizer)
+
+    @property
+    def dtypes(self) -> list[np.dtype]:
+        return [token_dtype(self.tokenizer.vocab_size), np.dtype("u1")]
+
+    def _batches(self, block: Block, lines: list[bytes], part: Part) -> Iterator[list[Column]]:
+        rendered: list[Rendered] = []
+        for number, line in enumerate(lines):
+            try:
+                row = parse_row(block.source.format, line)
+                if row is None:
+                    for count in part.counts:
+                        count.blank += 1
+                    continue
+                rendered.append(self._template.render(conversation(row), self.last_only))
+            except BadLine as bad:
+                self._count_bad(part, block.place(number), bad)
+        yield [self._column_of([getattr(one, name) for one in rendered], dtype) for name, dtype in zip(("ids", "trained"), self.dtypes)]
+
+    @staticmethod
+    def _column_of(rows: list[np.ndarray], dtype: np.dtype) -> Column:
+        tokens = np.concatenate(rows).astype(dtype) if rows else np.empty(0, dtype)
+        return Column(tokens, np.array([len(row) for row in rows], dtype="<i4"), np.ones(len(rows), dtype="<i4"))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows become tokens: all that decides them besides the rows and the tokenizer."""
+
+    template: str
+    last_only: bool = False
+    format: Format | None = None
+
+
+def prepared_prefix(path: str | Path, tokenizer: Tokenizer, form: Form) -> Path:
+    """Where the tokens of a file of rows are kept: in a folder `cache` beside it, under a name that changes with the file (its
+    size and its time), the tokenizer and the form."""
+    path, status = Path(path), Path(path).stat()
+    made_of = {"size": status.st_size, "time": status.st_mtime_ns, "tokenizer": tokenizer.hash(), "companions": _hashes(tokenizer), **asdict(form)}
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+    return path.parent / "cache" / f"{path.name}-{key}"
+
+
+def prepare(
+    path: str | Path,
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    form: Form,
+    workers: int = 1,
+    max_bad: int = 0,
+    progress: Callable[[list[Counts]], None] | None = None,
+) -> Counts:
+    """Make both pairs of a file of rows.
+
+    Raises:
+        DataError: more than `max_bad` rows that are not what `conversation` reads, with the first of them.
+        TokenizerError: the template does not go with the tokenizer.
+    """
+    build_template(form.template, tokenizer)  # before a worker does
+    encoder = ConversationEncoder(tokenizer, KEYS, False, max_bad, template=form.template, last_only=form.last_only)
+    return encode_files(encoder, find_sources(path, form.format), prefix, workers, progress=progress)[KEYS[0]]
+
+
+def _hashes(tokenizer: Tokenizer) -> list[str]:
+    """Of the files that may hold a template of the tokenizer's own."""
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer.companions]
+
+
+@dataclass
+class Rows:
+    """Prepared rows, memory-mapped.
+
+    Attributes:
+        lengths: int32[rows], tokens of each.
+
+    Raises:
+        IndexedError: a pair is missing or torn, or they do not go together.
+    """
+
+    prefix: Path
+    lengths: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tokens, self._mask = (IndexedReader(dataset_prefix(self.prefix, key)) for key in KEYS)
+        if not np.array_equal(self._tokens.lengths, self._mask.lengths):
+            raise IndexedError("its masks have other lengths than its tokens", str(self.prefix), "remove both, and prepare the rows again")
+        self.lengths = self._tokens.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, number: int) -> Rendered:
+        """Tokens int32[n] and mask bool[n]; views into the files where their types allow it."""
+        return Rendered(self._tokens.get(number).astype(np.int32, copy=False), self._mask.get(number).view(bool))
+
+    def trained(self, until: int) -> np.ndarray:
+        """int64[rows]: trained tokens among the first `until` of each row, without its very first, which nothing predicts."""
+        found = np.empty(len(self), dtype=np.int64)
+        for first in range(0, len(self), _ROWS):
+            rows = slice(first, min(first + _ROWS, len(self)))
+            total = np.concatenate([[0], np.cumsum(self._mask.run(rows.start, rows.stop), dtype=np.int64)])
+            starts = self._mask.offsets[rows] - self._mask.offsets[first]
+            ends = starts + np.minimum(self.lengths[rows], until)
+            found[rows] = total[ends] - total[np.minimum(starts + 1, ends)]
+        return found
