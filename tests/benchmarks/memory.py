@@ -103,7 +103,7 @@ def rank_worker(folder: Path, words: list[str]) -> None:
 
     from launcher.engine import checkpoint
     from launcher.engine.train import build, memory_gib, train_step
-    from tests.benchmarks.__main__ import random_batches
+    from tests.benchmarks.train import random_batches
 
     with live_tensors() as live:
         state = build(recipe)
