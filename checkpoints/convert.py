@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from checkpoints.files.stored import DTYPES, NAMES, raw
-from checkpoints.folder import RELEASE, TRACKER, CheckpointError
-from checkpoints.formats import hf, torch_dist
+from checkpoints.folder import MANIFEST, RELEASE, TRACKER, CheckpointError
+from checkpoints.formats import hf, mindspore, torch_dist
 from checkpoints.formats.base import Source, Target
 from checkpoints.models import megatron
+from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import padded
 from checkpoints.recognise import Found
 
-READ, WRITTEN = ("hf", "torch_dist"), ("hf", "torch_dist")
-MANIFEST = "conversion.json"
+READ, WRITTEN = ("hf", "torch_dist", "mindspore"), ("hf", "torch_dist", "mindspore")
+BARE = ("hf", "mindspore")  # formats whose folder is the checkpoint itself, no folder of several
 VOCABULARY_MULTIPLE = 128  # rows of the tables in formats that are padded: Megatron-LM's default, which every usual TP divides
 Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call
 
@@ -38,6 +39,8 @@ class Wanted:
         hf_config: a Hugging Face folder whose config.json and tokenizer are to go with the weights.
         config: values for config.json where no such file comes with the weights, such as eos_token_id.
         allow_nan: take weights that hold NaN or infinity.
+        tensor: tensor-parallel ranks, in formats that have ranks.
+        fused_layout: of MindSpore's matrices.
     """
 
     to: str
@@ -45,14 +48,17 @@ class Wanted:
     hf_config: Path | None = None
     config: Mapping[str, Any] | None = None
     allow_nan: bool = False
+    tensor: int = 1
+    fused_layout: Fused | None = None
 
 
-def open_source(found: Found, model: Model | None = None, vocab_size: int | None = None) -> Source:
+def open_source(found: Found, model: Model | None = None, vocab_size: int | None = None, fused_layout: Fused | None = None) -> Source:
     """The checkpoint that `recognise` found.
 
     Args:
         model: what it is a model of, where something beside the weights says it; else what they carry themselves.
         vocab_size: ids before padding, for formats that do not say.
+        fused_layout: how MindSpore's fused matrices lie, where nothing beside them says it.
 
     Raises:
         CheckpointError: it is damaged, its format is not read, or something is not said that nobody should guess.
@@ -61,6 +67,8 @@ def open_source(found: Found, model: Model | None = None, vocab_size: int | None
         return hf.open_source(found.path)
     if found.format == "torch_dist":
         return torch_dist.open_source(found.path, model or _of_settings(found.path, vocab_size))
+    if found.format == "mindspore":
+        return mindspore.open_source(found.path, model, fused_layout)
     raise CheckpointError(f"{found.path} is in the format {found.format}, and {' and '.join(READ)} are read")
 
 
@@ -85,13 +93,13 @@ def convert(
         CheckpointError: `folder` is there already, the format cannot hold this model, a tensor is damaged.
     """
     with beside(folder) as part:
-        weights = part if wanted.to == "hf" else part / RELEASE
+        weights = part if wanted.to in BARE else part / RELEASE
         weights.mkdir(exist_ok=True)
         target = make_target(source, weights, wanted)
         sums = copy(source, target, lambda count: progress("writing", count), wanted.allow_nan)
-        written = open_source(Found(weights, wanted.to, 1, 1, 0), source.model)  # type: ignore[arg-type]
+        written = open_source(Found(weights, wanted.to, 1, 1, 0), target.model, fused_layout=wanted.fused_layout)  # type: ignore[arg-type]
         compare(written, sums, lambda count: progress("checking", count))
-        write_manifest(weights, source, target, wanted.to, sums)
+        write_manifest(weights, source, target, wanted, sums)
         carry(weights)
         if weights != part:
             (part / TRACKER).write_text(RELEASE, encoding="utf-8")
@@ -103,12 +111,16 @@ def make_target(source: Source, weights: Path, wanted: Wanted) -> Target:
     types = dtypes(source, DTYPES[wanted.dtype] if wanted.dtype else None)
     if wanted.to == "torch_dist":
         return torch_dist.TorchDist(weights, source.model, types, padded(source.model.vocab_size, VOCABULARY_MULTIPLE))
-    if wanted.to == "hf":
+    if wanted.to in BARE:
         beside = {path.name: path for path in (*source.companions, *(hf.companions(wanted.hf_config) if wanted.hf_config else ()))}
         base = beside.pop("config.json", None)
         given = None if base is None else hf.read_config(base.parent)
         config = (wanted.config or {} if given is None else {}) | hf.config_for(source.model, given, str(base))
-        return hf.HuggingFace(weights, source.model, types, config, beside)
+        if wanted.to == "hf":
+            return hf.HuggingFace(weights, source.model, types, config, beside)
+        if wanted.fused_layout is None:
+            raise CheckpointError("how query, key and value lie in MindSpore's files is not said: --fused-layout separate, concat or grouped")
+        return mindspore.MindSpore(weights, source.model, types, wanted.tensor, wanted.fused_layout, config, beside)
     raise CheckpointError(f"{wanted.to} cannot be written, {' and '.join(WRITTEN)} can")
 
 
@@ -199,13 +211,14 @@ def compare(source: Source, sums: Mapping[str, int], progress: Callable[[int], N
         raise CheckpointError(f"{source.path}: {', '.join(wrong[:8])} read back otherwise than written")
 
 
-def write_manifest(folder: Path, source: Source, target: Target, to: str, sums: Mapping[str, int]) -> None:
+def write_manifest(folder: Path, source: Source, target: Target, wanted: Wanted, sums: Mapping[str, int]) -> None:
     """Say in conversion.json what became of what: the source, every tensor's shape, type and checksum, and what was left out."""
     manifest: dict[str, Any] = {
         "source": str(source.path),
         "from": source.format,
-        "to": to,
-        "model": vars(source.model),
+        "to": wanted.to,
+        "fused_layout": wanted.fused_layout,
+        "model": vars(target.model),
         "left_out": source.left_out,
         "tensors": {
             tensor.name: {
@@ -213,7 +226,7 @@ def write_manifest(folder: Path, source: Source, target: Target, to: str, sums: 
                 "dtype": NAMES.get(target.dtypes[tensor.name], str(target.dtypes[tensor.name])),
                 "crc32": f"{sums[tensor.name]:08x}",
             }
-            for tensor in source.tensors
+            for tensor in target.order()
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "conversion.json"  # what a conversion writes beside the weights
 RELEASE = "release"  # Megatron-LM's name for weights that no training of this folder made
 _NAME = re.compile(r"iter_(\d{7,})")
 

@@ -24,7 +24,7 @@ VERBS = {
     "preprocess": "Text to token ids: JSONL into .bin and .idx.",
     "data": "Look at .bin and .idx: inspect, verify, repair, merge, index.",
     "pretrain": "Train from random weights, or resume a run.",
-    "convert": "Checkpoints into other formats: Hugging Face, torch_dist.",
+    "convert": "Checkpoints into other formats: Hugging Face, torch_dist, MindSpore.",
     "generate": "Answer a file of prompts from a checkpoint.",
     "doctor": "Look this machine over: versions, devices, speed.",
 }

@@ -237,15 +237,16 @@ class HuggingFace(Target):
         if len(self._shards) > 1:
             sizes = [torch.Size(shape).numel() * dtype.itemsize for entries in self._shards.values() for _, dtype, shape in entries]
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": self._files}
-            _write_json(self.folder / "model.safetensors.index.json", index)
+            write_json(self.folder / "model.safetensors.index.json", index)
         for name, path in self._beside.items():
             shutil.copy2(path, self.folder / name)
         dtypes = {NAMES.get(dtype, str(dtype)) for dtype in self.dtypes.values()}
         if len(dtypes) == 1:
             key = "dtype" if "dtype" in self._config else "torch_dtype"  # transformers 5 reads both, 4 the latter
             self._config[key] = re.sub(r"^torch\.", "", str(next(iter(self.dtypes.values()))))
-        _write_json(self.folder / "config.json", self._config)
+        write_json(self.folder / "config.json", self._config)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """As `transformers` writes its files."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

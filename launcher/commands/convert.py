@@ -16,7 +16,7 @@ from launcher.errors import UserError
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
-from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, model_of, own_recipe, recipe_for
+from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, own_recipe, recipe_for, source_fused, source_model
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.schema import Recipe
 
@@ -27,6 +27,9 @@ _WORDS_HELP = "The checkpoint's folder and the folder to write; a recipe, and va
 _TO_HELP = "The format to write. Default: torch_dist, which loads at any TP and PP."
 _DTYPE_HELP = "Precision of what is written: bf16, fp16 or fp32. Default: the source's."
 _HF_HELP = "A Hugging Face folder whose config.json and tokenizer are to go with the weights."
+_FUSED_HELP = "MindSpore: query, key and value separate, or in one matrix: concat (MindFormers to 1.3), grouped (from 1.5)."
+_SOURCE_FUSED_HELP = "The same of the source, where it is another than the target's."
+_LAYOUT_HELP = "Explicit pipeline stages, in Megatron's notation: 'Et*3|t*3L'."
 _VOCABULARY_HELP = "Ids of the vocabulary, for a source that says only what it was padded to."
 
 
@@ -35,6 +38,11 @@ def convert(
         Optional[list[str]], typer.Argument(metavar="SRC DST | [recipe=NAME] [KEY=VALUE]...", help=_WORDS_HELP, show_default=False)
     ] = None,
     to: Annotated[Optional[str], typer.Option("--to", help=_TO_HELP)] = None,
+    tp: Annotated[Optional[int], typer.Option("--tp", help="Tensor-parallel ranks, in formats that have ranks.")] = None,
+    pp: Annotated[Optional[int], typer.Option("--pp", help="Pipeline stages, in formats that have ranks.")] = None,
+    layout: Annotated[Optional[str], typer.Option("--layout", help=_LAYOUT_HELP)] = None,
+    fused_layout: Annotated[Optional[str], typer.Option("--fused-layout", help=_FUSED_HELP)] = None,
+    source_fused_layout: Annotated[Optional[str], typer.Option("--source-fused-layout", help=_SOURCE_FUSED_HELP)] = None,
     dtype: Annotated[Optional[str], typer.Option("--dtype", help=_DTYPE_HELP)] = None,
     hf_config: Annotated[Optional[str], typer.Option("--hf-config", help=_HF_HELP)] = None,
     vocab_size: Annotated[Optional[int], typer.Option("--vocab-size", help=_VOCABULARY_HELP)] = None,
@@ -54,6 +62,11 @@ def convert(
         "convert.source": (source, "command line"),
         "convert.target": (target, "command line"),
         "convert.to": (to, "--to"),
+        "convert.tensor_model_parallel_size": (tp, "--tp"),
+        "convert.pipeline_model_parallel_size": (pp, "--pp"),
+        "convert.pipeline_model_parallel_layout": (layout, "--layout"),
+        "convert.fused_layout": (fused_layout, "--fused-layout"),
+        "convert.source_fused_layout": (source_fused_layout, "--source-fused-layout"),
         "convert.dtype": (dtype, "--dtype"),
         "convert.hf_config": (hf_config, "--hf-config"),
         "convert.vocab_size": (vocab_size, "--vocab-size"),
@@ -77,7 +90,7 @@ def _run(loaded: Loaded) -> None:
     base = own_recipe(found.path)
     from checkpoints import convert as conversion  # torch takes 3 s to import
 
-    source = conversion.open_source(found, model_of(base) if base else None, asked.vocab_size)
+    source = conversion.open_source(found, source_model(loaded, base, found), asked.vocab_size, source_fused(asked))
     agree(loaded, source.model)
     tokenizer = find_tokenizer(loaded, source, base)
     types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None)
@@ -86,12 +99,13 @@ def _run(loaded: Loaded) -> None:
     if tokenizer.why:
         typer.echo(f"warning: no tokenizer goes with the weights ({tokenizer.why}): ids alone will do as text", err=True)
     wanted = conversion.Wanted(
-        asked.to, asked.dtype, Path(asked.hf_config) if asked.hf_config else None, _config(tokenizer), asked.allow_nan
+        asked.to, asked.dtype, Path(asked.hf_config) if asked.hf_config else None, _config(tokenizer), asked.allow_nan,
+        asked.tensor_model_parallel_size, asked.fused_layout,
     )  # fmt: skip
     precision = next(iter(types.values()))
 
     def carry(weights: Path) -> None:
-        if asked.to == "hf":
+        if asked.to in conversion.BARE:
             _copy(tokenizer.files, weights)
             return
         padded = conversion.padded(source.model.vocab_size, conversion.VOCABULARY_MULTIPLE)
@@ -157,6 +171,8 @@ def _grouped(left_out: dict[str, str]) -> dict[str, str]:
 def _next(to: str, target: str) -> str:
     if to == "hf":
         return f'AutoModelForCausalLM.from_pretrained("{target}")'
+    if to == "mindspore":
+        return f"yuan inspect {target}; MindFormers: load_checkpoint: {target}, auto_trans_ckpt: False"
     return f"yuan generate --load {target} --input pred_input.jsonl"
 
 

@@ -34,8 +34,8 @@ def places(case: Case) -> Iterator[Problem]:
             yield Problem(str(error), case.at("convert.source"), "convert.source=the folder of a checkpoint, or of a run")
     if c.target:
         yield from _target(case, Path(c.target))
+    yield from _fused(case)
     if found:
-        yield from _fused(case, found)
         yield from _room(case, found)
     if c.hf_config is not None and not (Path(c.hf_config) / "config.json").is_file():
         fix = "convert.hf_config=the folder of a Hugging Face model, or null"
@@ -56,10 +56,10 @@ def _target(case: Case, target: Path) -> Iterator[Problem]:
         )
 
 
-def _fused(case: Case, found: Found) -> Iterator[Problem]:
-    if "mindspore" in (found.format, case.recipe.convert.to) and case.recipe.convert.fused_layout is None:
+def _fused(case: Case) -> Iterator[Problem]:
+    if case.recipe.convert.to == "mindspore" and case.recipe.convert.fused_layout is None:
         yield Problem(
-            "MindSpore's files do not say how query, key and value lie in one matrix",
+            "how query, key and value lie in MindSpore's files is not said, and the files do not say it",
             case.at("convert.fused_layout"),
             "convert.fused_layout=separate (wq, wk, wv), concat (w_qkv, MindFormers to 1.3) or grouped (w_qkv, from 1.5)",
         )

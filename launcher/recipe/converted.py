@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints.recognise import Found
 from launcher.errors import UserError, raise_all
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.inference import describes_model
@@ -57,6 +58,32 @@ def model_of(recipe: Recipe) -> Model:
     from checkpoints.models.model import Model
 
     return Model.of(vars(recipe.model), f"recipe {recipe.run.name}", vocab_size=recipe.derived.vocab_size)
+
+
+def source_model(loaded: Loaded, base: Recipe | None, found: Found) -> Model | None:
+    """What the source is a model of, where something beside its weights says it: the run that it is of, and of files that
+    say nothing but shapes the named recipe, or --hf-config.
+
+    Raises:
+        CheckpointError: --hf-config has no config.json that can be read.
+    """
+    if base is not None:
+        return model_of(base)
+    if found.format != "mindspore":
+        return None
+    from checkpoints.formats.hf import model_of as model_of_config
+    from checkpoints.formats.hf import read_config
+    from checkpoints.models.model import Model
+
+    recipe, folder = loaded.recipe, loaded.recipe.convert.hf_config
+    if describes_model(loaded):
+        return Model.of(vars(recipe.model), f"recipe {loaded.name}", vocab_size=recipe.convert.vocab_size or recipe.derived.vocab_size or 0)
+    return model_of_config(read_config(Path(folder)), f"{folder}/config.json") if folder else None
+
+
+def source_fused(asked: Convert) -> str | None:
+    """How fused matrices of a source of MindSpore's lie: as the target's, where nothing else is said."""
+    return asked.source_fused_layout or asked.fused_layout
 
 
 def agree(loaded: Loaded, model: Model) -> None:
@@ -126,6 +153,7 @@ def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: T
         recipe.tokenizer.vocab_size = source.model.vocab_size
     recipe.training.precision = precision  # type: ignore[assignment]
     recipe.training.seq_length = recipe.training.seq_length or source.model.max_position_embeddings
+    recipe.training.micro_batch_size = recipe.training.micro_batch_size or 1
     resolve(recipe, {}, target.name)
     recipe.derived.vocab_size = source.model.vocab_size
     keep_padded_vocabulary(recipe, padded)

@@ -210,9 +210,9 @@ class Data:
     valid: Any = None
     """Ours, fine-tuning: the same to evaluate on."""
     reset_position_ids: bool = False
-    """Positions start again after every end of document."""
+    """Positions start again after every end of document: learned ones, and with yuan2 those of RoPE, which Megatron leaves alone."""
     reset_attention_mask: bool = False
-    """Attention stays within a document."""
+    """Attention stays within a document, and so does yuan2's filter."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
     num_workers: Optional[int] = None
@@ -408,7 +408,9 @@ class Convert:
     allow_nan: bool = False
     """Convert weights that hold NaN or infinity as they are."""
     fused_layout: Optional[Literal["separate", "concat", "grouped"]] = None
-    """MindSpore: how query, key and value lie in one matrix."""
+    """MindSpore: query, key and value separate, or how they lie in one matrix; gate and up likewise."""
+    source_fused_layout: Optional[Literal["concat", "grouped"]] = None
+    """MindSpore: how they lie in the source. Derived: fused_layout, or what conversion.json beside the source says."""
 
 
 @dataclass

@@ -1,0 +1,220 @@
+"""MindSpore's checkpoints of Llama: `rank_0/NAME.ckpt`, `rank_1/…`, a file for each tensor-parallel rank.
+
+The files say nothing of the model but shapes. What is written here has a config.json beside the ranks, as Hugging Face
+has it, which is read again. Neither MindSpore, a strategy file nor a compiled model is needed: how a tensor is shared out
+follows from its name. A training's pipeline stages and data-parallel copies are recognised by the tensors that ranks hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.files import mindspore as file
+from checkpoints.folder import MANIFEST, CheckpointError
+from checkpoints.formats.base import Readable, Source, Target
+from checkpoints.formats.hf import TOKENIZER_FILES, model_of, read_config, write_json
+from checkpoints.models import mindformers
+from checkpoints.models.layout import Foreign
+from checkpoints.models.mindformers import Cut, Fused
+from checkpoints.models.model import Model
+from checkpoints.models.tensor import Tensor
+
+Rank = Mapping[str, Readable]
+_TABLE, _WO = "model.tok_embeddings.embedding_weight", "attention.wo."
+_TABLES = (_TABLE, "lm_head.weight")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A tensor that ranks share out along `axis`; where `axis` is None each holds all of it."""
+
+    name: str
+    axis: int | None
+    ranks: tuple[Readable, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = list(self.ranks[0].shape)
+        if self.axis is not None and len(sizes) > self.axis:
+            sizes[self.axis] = sum(rank.shape[self.axis] for rank in self.ranks)
+        return tuple(sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ranks[0].dtype
+
+    def read(self) -> torch.Tensor:
+        """The whole.
+
+        Raises:
+            CheckpointError: ranks that should each hold all of it differ.
+        """
+        first = self.ranks[0].read()
+        if self.axis is not None and len(self.ranks) > 1:
+            return torch.cat([first, *(rank.read() for rank in self.ranks[1:])], self.axis)
+        for number, rank in enumerate(self.ranks[1:], 1):
+            if not torch.equal(rank.read(), first):
+                raise CheckpointError(f"{self.name} should be the same on every rank, and the first's and number {number}'s differ")
+        return first
+
+
+def read_ranks(folder: Path) -> list[dict[str, file.Pieces]]:
+    """The tensors of each rank. Of several files of a rank the one whose name ends in the highest number, as MindSpore has it.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    paths = sorted(folder.glob("rank_*/"), key=lambda path: int(path.name[5:]) if path.name[5:].isdecimal() else -1)
+    return [file.read(rank_file(path)) for path in paths if list(path.glob("*.ckpt"))]
+
+
+def rank_file(folder: Path) -> Path:
+    """The file of a rank."""
+    return max(folder.glob("*.ckpt"), key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
+
+
+def open_source(folder: Path, model: Model | None = None, fused: Fused | None = None) -> Source:
+    """A folder of ranks.
+
+    Args:
+        model: what it is a model of, its vocab_size 0 where that is all rows there are; else config.json beside the ranks.
+        fused: how fused matrices lie, where there are any: concat or grouped; else conversion.json beside the ranks.
+
+    Raises:
+        CheckpointError: it is damaged, does not hold this model, or does not say how its matrices lie.
+    """
+    model, fused = model or _own_model(folder), fused or _own_layout(folder)
+    ranks = read_ranks(folder)
+    left_out = {name: why for rank in ranks for name in rank if (why := mindformers.no_weight(name))}
+    weights = [{name: one for name, one in rank.items() if name not in left_out} for rank in ranks]
+    zeros_alone(ranks)
+    stages = _stages(weights)
+    names = {name for rank in weights for name in rank}
+    if any("._layer." in name for name in names):
+        model = replace(model, quantize="int8")
+    width = _width(stages[0], model)
+    cut = Cut(width, _kind(folder, names, mindformers.W_QKV, fused), _kind(folder, names, mindformers.W_GATE_HIDDEN, fused))
+    scale = next((one for one in mindformers.SCALES if any(name.endswith(one) for name in names)), mindformers.SCALES[0])
+    axes = {name: axis for one, axis in mindformers.foreign(model, cut, scale) for name in one.names}
+    found: dict[str, Readable] = {}
+    for at, stage in zip(range(0, len(ranks), len(stages[0])), stages, strict=True):
+        if len(stage) > width:
+            left_out[f"rank_{at + width} to {at + len(stage) - 1}"] = f"data-parallel copies of rank_{at} to {at + width - 1}"
+        found |= _put_together(stage[:width], axes)
+    if not model.vocab_size:
+        model = replace(model, vocab_size=found[_TABLE].shape[0] if _TABLE in found else 1)
+    table = mindformers.foreign(model, cut, scale)
+    return Source(
+        "mindspore", folder, model, [one for one, _ in table], found, left_out, padded=True,
+        companions=sorted(path for pattern in (*TOKENIZER_FILES, "config.json", "generation_config.json") for path in folder.glob(pattern)),
+    )  # fmt: skip
+
+
+def zeros_alone(ranks: Sequence[Rank]) -> None:
+    """Quantized weights that are not symmetric are refused: their zero points would be lost.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for rank in ranks:
+        for name, one in rank.items():
+            if name.endswith(mindformers.ZERO_POINT) and one.read().any():
+                raise CheckpointError(f"{name} has zero points other than 0: only symmetric weights can be read")
+
+
+def _stages(ranks: list[dict[str, Readable]]) -> list[list[dict[str, Readable]]]:
+    """Pipeline stages: ranks that follow one another and hold the same tensors."""
+    stages: list[list[dict[str, Readable]]] = []
+    for rank in ranks:
+        if stages and stages[-1][0].keys() == rank.keys():
+            stages[-1].append(rank)
+        else:
+            stages.append([rank])
+    if any(len(stage) != len(stages[0]) for stage in stages):
+        raise CheckpointError(f"the ranks' tensors are not those of pipeline stages: {', '.join(str(len(stage)) for stage in stages)} ranks hold the same")
+    return stages
+
+
+def _width(stage: Sequence[Rank], model: Model) -> int:
+    """Over how many ranks tensors are shared out: by the columns of the attention's output matrix."""
+    columns = next((one.shape[1] for name, one in stage[0].items() if _WO in name and len(one.shape) == 2), 0)
+    whole = model.num_attention_heads * model.kv_channels
+    if not columns or whole % columns or len(stage) % (whole // columns):
+        raise CheckpointError(f"a rank has {columns} of the {whole} columns of attention.wo, and {len(stage)} ranks cannot hold the model so")
+    return whole // columns
+
+
+def _kind(folder: Path, names: set[str], fused_name: str, fused: Fused | None) -> Fused:
+    if not any(f".{fused_name}." in name for name in names):
+        return "separate"
+    if fused not in ("concat", "grouped"):
+        what = "does not say how its rows lie: --source-fused-layout concat (MindFormers to 1.3) or grouped (from 1.5)"
+        raise CheckpointError(f"{folder} has {fused_name}, which {what}")
+    return fused
+
+
+def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict[str, Readable]:
+    """A stage's tensors, whole. Ranks may share out the vocabulary's tables or hold all of them, whatever the sizes: of one
+    table they hold the same first row, of shares each another."""
+    found: dict[str, Readable] = {}
+    for name, one in stage[0].items():
+        shares = tuple(rank[name] for rank in stage)
+        same = name in _TABLES and all(torch.equal(share.read()[:1], one.read()[:1]) for share in shares)
+        found[name] = Shares(name, None if same else axes.get(name), shares)
+    return found
+
+
+def _own_model(folder: Path) -> Model:
+    if not (folder / "config.json").is_file():
+        what = "says the shapes of its tensors, and not what the model is: --hf-config DIR with its config.json, or a recipe with it"
+        raise CheckpointError(f"{folder} {what}")
+    return model_of(read_config(folder), str(folder / "config.json"))
+
+
+def _own_layout(folder: Path) -> Fused | None:
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")).get("fused_layout") if path.is_file() else None
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class MindSpore(Target):
+    """Writes a folder of ranks, and `config` and the files of `beside` for readers that know no MindSpore."""
+
+    def __init__(
+        self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], ranks: int, fused: Fused,
+        config: Mapping[str, Any], beside: Mapping[str, Path],
+    ):  # fmt: skip
+        super().__init__(folder, model, dtypes)
+        self._table = {one.tensor.name: (one, axis) for one, axis in mindformers.foreign(model, Cut(ranks, fused, fused))}
+        self._config, self._beside = config, beside
+        self._files = []
+        for rank in range(ranks):
+            (folder / f"rank_{rank}").mkdir()
+            self._files.append(file.Writer(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"))
+
+    def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
+        foreign, axis = self._table[tensor.name]
+        for name, piece in zip(foreign.names, foreign.layout.split(whole), strict=True):
+            shares = [piece] * len(self._files) if axis is None else piece.chunk(len(self._files), axis)
+            for writer, share in zip(self._files, shares, strict=True):
+                writer.write(name, share)
+
+    def finish(self) -> None:
+        for writer in self._files:
+            writer.close()
+        for name, path in self._beside.items():
+            shutil.copy2(path, self.folder / name)
+        write_json(self.folder / "config.json", self._config)
