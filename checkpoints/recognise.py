@@ -9,8 +9,8 @@ from typing import Literal
 
 from checkpoints.folder import CheckpointError, newest_checkpoint
 
-_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
-_FILES = ("model_optim_rng.pt", "model_rng.pt")  # Megatron-LM's and Yuan's; Pai's of 2023 with the distributed optimizer
+RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")  # Megatron-LM's and Yuan's; Pai's of 2023 with the distributed optimizer
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,33 @@ def recognise(path: Path) -> Found:
     folder = path if _is_whole(path) else newest_checkpoint(path)
     if (folder / "metadata.json").is_file():
         return Found(folder, "torch_dist", 1, 1, _size(folder))
-    if not any(_RANK.fullmatch(one.name) for one in folder.iterdir()):
+    if not any(RANK.fullmatch(one.name) for one in folder.iterdir()):
         raise CheckpointError(f"{folder} is in no known format: neither metadata.json nor mp_rank_* is in it")
     return Found(folder, "torch", *_grid(folder), _size(folder))
 
 
 def _is_whole(path: Path) -> bool:
-    return (path / "metadata.json").is_file() or any(_RANK.fullmatch(one.name) for one in path.iterdir())
+    return (path / "metadata.json").is_file() or any(RANK.fullmatch(one.name) for one in path.iterdir())
 
 
 def _grid(folder: Path) -> tuple[int, int]:
     """TP and PP of a folder of mp_rank_TT[_PPP], each of which must hold its weights."""
-    ranks = [match for one in folder.iterdir() if (match := _RANK.fullmatch(one.name))]
+    ranks = [match for one in folder.iterdir() if (match := RANK.fullmatch(one.name))]
     tensor, pipeline = (1 + max(int(match[group] or 0) for match in ranks) for group in (1, 2))
     names = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "") for p in range(pipeline) for t in range(tensor)]
-    missing = [name for name in names if not any((folder / name / file).is_file() for file in _FILES)]
+    missing = [name for name in names if not any((folder / name / file).is_file() for file in RANK_FILES)]
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise CheckpointError(f"{folder} has no weights ({' or '.join(_FILES)}) for {shown} of its {len(names)} ranks")
+        raise CheckpointError(
+            f"{folder} has no weights ({' or '.join(RANK_FILES)}) for {shown} of its {len(names)} ranks" + _instead(folder / missing[0])
+        )
     return tensor, pipeline
+
+
+def _instead(rank: Path) -> str:
+    """What a rank's folder holds instead of its weights: they may have another name there."""
+    there = ", ".join(sorted(one.name for one in rank.iterdir())[:4]) if rank.is_dir() else ""
+    return f" ({rank.name} holds {there})" if there else ""
 
 
 def _mindspore_ranks(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,18 @@ class Stored:
                 raise CheckpointError(f"{self.path} is cut off: it ends before byte {self.offset + self.nbytes:,}") from error
         flat = _elements(pages, self.dtype, self.nbytes // self.dtype.itemsize, self.offset - start)
         return flat.as_strided(self.shape, self.strides or contiguous(self.shape))
+
+
+    def blocks(self, size: int) -> Iterator[Stored]:
+        """It as several of at most `size` bytes, of a matrix some rows each, one after another."""
+        if not self.shape or self.strides not in (None, contiguous(self.shape)) or self.nbytes <= size:
+            yield self
+            return
+        step = self.nbytes // self.shape[0]
+        rows = max(1, size // step)
+        for first in range(0, self.shape[0], rows):
+            shape = (min(rows, self.shape[0] - first), *self.shape[1:])
+            yield Stored(self.path, self.offset + first * step, self.dtype, shape)
 
 
 def _elements(pages: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:

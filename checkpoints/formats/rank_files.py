@@ -1,0 +1,271 @@
+"""A file of torch.save per tensor-parallel rank and stage, `mp_rank_TT[_PPP]/model_optim_rng.pt`, in any of the dialects.
+
+Stages may hold any number of layers, and several parts of the model (interleaved, `model0`, `model1`): how many layers each
+holds is counted in the files, whatever the settings in them say.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.files import pickled
+from checkpoints.files.stored import Stored
+from checkpoints.folder import CheckpointError
+from checkpoints.formats import hf
+from checkpoints.formats.base import Readable, Source
+from checkpoints.formats.dialects import core, pai, unfused, yuan
+from checkpoints.models import legacy, megatron
+from checkpoints.models.layout import Foreign
+from checkpoints.models.model import Model
+from checkpoints.models.tensor import Tensor
+from checkpoints.recognise import RANK_FILES
+
+_LAYER = re.compile(r"((?:^|.*\.)layers\.)(\d+)(\..*)")
+_OF_TRAINING = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+_ALONE = "the training's: weights alone are converted"
+_BLOCK = 64 << 20  # bytes that are compared at a time
+
+
+def rank_name(tensor: int, stage: int, stages: int) -> str:
+    """The folder of a rank: `mp_rank_TT`, with `_PPP` behind it where there are several stages."""
+    return f"mp_rank_{tensor:02d}" + (f"_{stage:03d}" if stages > 1 else "")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A tensor of which each tensor-parallel rank has a share, or, where `tensor.axis` is None, all."""
+
+    tensor: Tensor
+    shares: tuple[Readable, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        axis = self.tensor.axis
+        return tuple(size * (len(self.shares) if number == axis else 1) for number, size in enumerate(self.shares[0].shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shares[0].dtype
+
+    def read(self) -> torch.Tensor:
+        """The whole.
+
+        Raises:
+            CheckpointError: ranks that should all hold the same hold something else.
+        """
+        if self.tensor.axis is None:
+            if other := [str(rank) for rank, share in enumerate(self.shares) if rank and not same(self.shares[0], share)]:
+                raise CheckpointError(
+                    f"{self.tensor.name} should be the same on every tensor-parallel rank, and rank {' and '.join(other)}'s is not rank 0's"
+                )
+            return self.shares[0].read()
+        return self.tensor.join([share.read() for share in self.shares])
+
+
+def same(one: Readable, other: Readable) -> bool:
+    """Whether two tensors have the same bytes; of those in files a block is in memory at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return all(raw_equal(a, b) for a, b in zip(_blocks(one), _blocks(other), strict=True))
+
+
+def raw_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one type and shape have the same bits: NaN is itself here, and 0 is not -0."""
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def _blocks(one: Readable) -> Iterator[torch.Tensor]:
+    for block in one.blocks(_BLOCK) if isinstance(one, Stored) else [one]:
+        yield block.read()
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+class _Found:
+    """All tensors of a folder under the names that they would have on one stage, each rank's share apart."""
+
+    def __init__(self, folder: Path, tensor: int, pipeline: int):
+        self.folder, self.pipeline = folder, pipeline
+        self.shares: dict[str, tuple[Readable, ...]] = {}
+        self.left_out: dict[str, str] = {}
+        self.layers: list[int] = []  # of each part of the model, in the order in which it computes
+        grid = [[self._rank(rank_name(t, p, pipeline)) for t in range(tensor)] for p in range(pipeline)]
+        self.settings = vars(grid[0][0]["args"]) if isinstance(grid[0][0].get("args"), Namespace) else {}
+        self.version = grid[0][0].get("checkpoint_version", 0)
+        parts = max(len(_models(rank)) for stage in grid for rank in stage)
+        for part in range(parts):
+            for p, stage in enumerate(grid):
+                self._add(p, [dict(_flat(_models(rank)[part])) for rank in stage])
+
+    def _rank(self, name: str) -> dict[str, Any]:
+        path = next(path for file in RANK_FILES if (path := self.folder / name / file).is_file())
+        content = pickled.read(path)
+        if not isinstance(content, dict) or not _models(content):
+            keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+            raise CheckpointError(f"{path} holds no model, but {keys[:200]}")
+        self.left_out |= {key: _ALONE for key in _OF_TRAINING if content.get(key)}
+        if path.with_name("distrib_optim.pt").is_file():
+            self.left_out["distrib_optim.pt"] = _ALONE
+        return content
+
+    def _add(self, stage: int, ranks: list[dict[str, Any]]) -> None:
+        """One part of the model on one stage."""
+        before, numbers = sum(self.layers), [int(match[2]) for name in ranks[0] if (match := _LAYER.fullmatch(name))]
+        self.layers.append(1 + max(numbers, default=-1))
+        for name in dict.fromkeys(name for rank in ranks for name in rank):
+            if lacking := [t for t, rank in enumerate(ranks) if name not in rank]:
+                where = " and ".join(rank_name(t, stage, self.pipeline) for t in lacking)
+                raise CheckpointError(f"{self.folder}: {where} has no {name}, which other tensor-parallel ranks have")
+            match = _LAYER.fullmatch(name)
+            whole = f"{match[1]}{int(match[2]) + before}{match[3]}" if match else name
+            self._take(whole, stage, [rank[name] for rank in ranks])
+
+    def _take(self, name: str, stage: int, values: list[Any]) -> None:
+        if name.endswith("_extra_state"):
+            if values[0] is not None:
+                self.left_out[name] = "a state of Transformer Engine's, of use with FP8 alone"
+        elif name.endswith("rotary_emb.inv_freq"):
+            self.left_out[name] = "RoPE's frequencies"
+        elif not all(isinstance(value, (Stored, torch.Tensor)) for value in values):
+            self.left_out[name] = "no tensor"
+        else:
+            shares = tuple(value if isinstance(value, Stored) else hf.InMemory(value) for value in values)
+            if any(share.shape != shares[0].shape or share.dtype != shares[0].dtype for share in shares):
+                kinds = ", ".join(f"{list(share.shape)} {share.dtype}" for share in shares)
+                raise CheckpointError(f"{self.folder}: {name} is not of one kind on all tensor-parallel ranks: {kinds}")
+            if name not in self.shares:
+                self.shares[name] = shares
+            elif _all_same(shares, self.shares[name]):
+                self.left_out[f"{name} of stage {stage}"] = "a copy of an earlier stage's"
+            else:
+                raise CheckpointError(f"{self.folder}: {name} is on two stages, and stage {stage}'s differs from the one before")
+
+
+def _models(rank: Mapping[str, Any]) -> list[Any]:
+    """The parts of the model that a rank holds: several where stages are interleaved."""
+    if "model" in rank:
+        return [rank["model"]]
+    return [rank[f"model{part}"] for part in range(len(rank)) if f"model{part}" in rank]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries, their names joined by dots, and as the latest releases have them."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _flat(one, f"{name}.{key}" if name else str(key))
+        return
+    if name.startswith("language_model."):
+        for alias, usual in legacy.ALIASES.items():
+            name = name.replace(alias, usual)
+    yield unfused(name), value
+
+
+def _all_same(shares: Sequence[Readable], others: Sequence[Readable]) -> bool:
+    return all(same(one, other) for one, other in zip(shares, others, strict=True))
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def open_source(
+    folder: Path, tensor: int, pipeline: int, model: Model | None = None, vocab_size: int | None = None, hf_config: Path | None = None
+) -> Source:
+    """A folder of `tensor` x `pipeline` files, in whichever of the dialects they are.
+
+    Args:
+        model: what it is a model of, where something beside the weights says it; else what the files, or for yuan and pai a
+            config.json beside them, say.
+        vocab_size: ids before padding, where nothing there says it.
+        hf_config: a folder with the model's config.json.
+
+    Raises:
+        CheckpointError: it is damaged, ranks do not agree, it does not hold this model, or does not say what the model is.
+    """
+    found = _Found(folder, tensor, pipeline)
+    if any(name.startswith("language_model.") for name in found.shares):
+        format, model, table = _legacy(found, tensor, model, vocab_size, hf_config or _config_beside(folder))
+    else:
+        model = model or (_of_config(hf_config, vocab_size) if hf_config else None)
+        format, model = "torch", model or megatron.model_with_ids(found.settings, f"{folder} (args)", vocab_size)
+        table = core().foreign(model)
+    if found.version < 2 and any("query_key_value" in name or "linear_qkv" in name for name in found.shares):
+        raise CheckpointError(f"{folder} is of checkpoint_version {found.version}, whose queries, keys and values lie in an order that is not read")
+    _leave_copies(found, model)
+    pieces = {piece.name: piece for one in table for piece in legacy.pieces(one)}
+    tensors = {name: Shares(pieces.get(name, Tensor(name, ())), shares) for name, shares in found.shares.items()}
+    layers = "" if len(set(found.layers)) == 1 else f", layers {', '.join(map(str, found.layers))}"
+    try:
+        return Source(
+            format, folder, model, table, tensors, found.left_out, padded=True, layout=f"TP {tensor}, PP {pipeline}{layers}",
+            training=found.settings, companions=companions(folder),
+        )  # fmt: skip
+    except CheckpointError as error:
+        raise CheckpointError(str(error) + _other_ranks(found.settings, tensor, pipeline)) from error
+
+
+def companions(folder: Path) -> list[Path]:
+    """The tokenizer's and Hugging Face's files in a checkpoint, as runs have them, or beside it, as Pai has them."""
+    return sorted({path for place in (folder / "tokenizer", folder / "hf", folder.parent) for path in hf.companions(place)})
+
+
+def _other_ranks(settings: Mapping[str, Any], tensor: int, pipeline: int) -> str:
+    said = (settings.get("tensor_model_parallel_size", tensor), settings.get("pipeline_model_parallel_size", pipeline))
+    return "" if said == (tensor, pipeline) else f"\n    its settings say TP {said[0]} x PP {said[1]}, there are TP {tensor} x PP {pipeline}"
+
+
+def _config_beside(folder: Path) -> Path | None:
+    return next((place for place in (folder.parent, folder / "hf", folder) if (place / "config.json").is_file()), None)
+
+
+def _of_config(folder: Path, vocab_size: int | None) -> Model:
+    model = hf.model_of(hf.read_config(folder), str(folder / "config.json"))
+    return replace(model, vocab_size=vocab_size or model.vocab_size)
+
+
+def _legacy(
+    found: _Found, tensor: int, model: Model | None, vocab_size: int | None, config: Path | None
+) -> tuple[str, Model, list[Foreign]]:
+    """The format, the model and its table, of names of before megatron-core."""
+    shapes = {name: tuple(shares[0].shape) for name, shares in found.shares.items()}
+    rows = shapes[legacy.EMBEDDING][0] * tensor if legacy.EMBEDDING in shapes else None
+    if model is None and config is not None:
+        model = _of_config(config, vocab_size)
+        if rows and not vocab_size and model.vocab_size != rows:
+            ids = model.vocab_size
+            raise CheckpointError(
+                f"{found.folder} has {rows} rows in its vocabulary, and {config / 'config.json'} speaks of {ids} ids: --vocab-size {ids} if the"
+                f" others are padding, --vocab-size {rows} if tokens were added"
+            )
+    if model is None:
+        ours = found.settings.get("vocab_size") if found.settings.get("family") else None  # others' settings count otherwise
+        model = legacy.model_of(found.settings, shapes, tensor, f"{found.folder} (args)", vocab_size or ours)
+    if model.family == "yuan2":
+        return "yuan", model, yuan().foreign(model)
+    separate = [any(f".{name}." in one for one in shapes) for name in ("mlp.dense_h_to_4h_1", "self_attention.key_value")]
+    pai().foreign(model)
+    return "pai", model, legacy.foreign(model, *separate)
+
+
+def _leave_copies(found: _Found, model: Model) -> None:
+    """Leave out what is a copy of the embedding or the output layer: where weights are tied, and where converters put some.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    tied = [legacy.TIED, "lm_head.weight"] + ([] if model.untie_embeddings_and_output_weights else ["output_layer.weight", legacy.HEAD])
+    originals = [name for name in ("embedding.word_embeddings.weight", legacy.EMBEDDING, legacy.HEAD) if name in found.shares and name not in tied]
+    for name in tied:
+        if name not in found.shares:
+            continue
+        original = next((one for one in originals if _all_same(found.shares[name], found.shares[one])), None)
+        if original is None:
+            raise CheckpointError(f"{found.folder}: {name} should be a copy of {' or '.join(originals)}, and is not")
+        found.left_out[name] = f"a copy of {original}"
