@@ -1,0 +1,149 @@
+"""Two ranks that hold the fast parts of a step against plain torch and against megatron-core's own, for test_fast_parts.py."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from launcher.workers.entry import run_worker
+
+sys.path.insert(1, str(Path(__file__).parents[3]))  # started as a script
+from tests.launcher.engine.generate_worker import FAMILIES, tiny  # noqa: E402
+
+TIED, UNTIED = "tied, learned positions", "untied, grouped queries"
+CASES = {
+    f"TP 1, {TIED}": (1, "gpt2", False),
+    f"TP 2, {TIED}": (2, "gpt2", False),
+    f"TP 2, {UNTIED}": (2, "llama", False),
+    f"TP 2, sequence parallel, {UNTIED}": (2, "llama", True),
+    f"TP 2, sequence parallel, {TIED}": (2, "gpt2", True),
+}
+TOKENS, WIDTH, IDS = 11, 8, 12
+
+
+def main(recipe, folder, stop) -> None:
+    from launcher.engine.initialize import finish, initialize
+
+    initialize(recipe)
+    found = {"loss": losses(), "gradients": {name: gradients(*case) for name, case in CASES.items()}, "clip": clipped()}
+    if dist.get_rank() == 0:
+        (folder.path / "result.json").write_text(json.dumps(found))
+    finish()
+
+
+def losses() -> dict[str, float]:
+    """Largest relative differences of loss and gradients from torch.nn.functional.cross_entropy, chunks of four tokens."""
+    from launcher.engine import loss
+
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    return {
+        f"{dtype}, {group.size()} ranks": one_loss(getattr(torch, dtype), group, loss)
+        for dtype in ("float32", "bfloat16", "float16")
+        for group in (alone, dist.group.WORLD)
+    }
+
+
+def one_loss(dtype: torch.dtype, group, loss) -> float:
+    torch.manual_seed(5)
+    whole = (8 * torch.randn(IDS, WIDTH)).to(dtype)  # likely and unlikely targets, some with probabilities that vanish
+    hidden, labels, mask = torch.randn(TOKENS, WIDTH).to(dtype), torch.randint(IDS, (TOKENS,)), torch.ones(TOKENS)
+    mask[3:5], scale = 0.0, 2.0**12 / TOKENS
+    exact = [hidden.double().requires_grad_(), whole.double().requires_grad_()]
+    expected = (torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none") * mask).sum()
+    (expected * scale).backward()
+    share = slice(group.rank() * IDS // group.size(), (group.rank() + 1) * IDS // group.size())
+    hidden.requires_grad_()
+    weight = torch.nn.Parameter(whole[share].clone())
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
+    with mock.patch.dict(loss.ROWS, cpu=4):
+        with torch.no_grad():
+            unwanted = loss.linear_cross_entropy(hidden, weight, labels, mask, group)
+        total = loss.linear_cross_entropy(hidden, weight, labels, mask, group, add_to_main_grad=True, expected_scale=scale)
+    (total * scale).backward()
+    hidden_grad = hidden.grad.double()
+    dist.all_reduce(hidden_grad, group=group)
+    pairs = (
+        (total, expected),
+        (unwanted, expected),
+        (hidden_grad, exact[0].grad),
+        (weight.main_grad.double() - 1, exact[1].grad[share]),
+    )
+    return max(((ours.double() - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs)
+
+
+def gradients(tp: int, family: str, sequence_parallel: bool) -> float:
+    """Largest difference of any parameter's gradient from that of megatron-core's GPTModel, relative to the latter's largest."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from launcher.engine import model
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp)
+    model_parallel_cuda_manual_seed(1)
+    recipe = tiny("fast", tp)
+    for key, value in FAMILIES[family].items():
+        setattr(recipe.model, key, value)
+    recipe.parallel.sequence_parallel = sequence_parallel
+    config = model.transformer_config(recipe)
+    ours = model.build_chunk(recipe, config, pre=True, post=True)
+    plain = dataclasses.replace(config, gradient_accumulation_fusion=False)
+    with mock.patch.object(model, "LanguageModel", GPTModel):
+        theirs = model.build_chunk(recipe, plain, pre=True, post=True)
+    theirs.load_state_dict(ours.state_dict())
+    (wrapped,) = model.wrap_data_parallel(recipe, config, [ours])
+    torch.manual_seed(6)
+    ids, mask = torch.randint(49, (2, 25)), torch.ones(2, 24)
+    mask[0, 7:9] = 0
+    inputs = ids[:, :-1], torch.arange(24).expand(2, 24), None
+    for _ in range(2):  # the second backward pass adds to the first
+        (wrapped(*inputs, labels=ids[:, 1:], loss_mask=mask) / 2).backward()
+    (theirs(*inputs, labels=ids[:, 1:]) * mask).sum().backward()
+    found = [difference(p.main_grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)]
+    assert all(p.grad is None for p in ours.parameters())
+    return max(found)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def clipped() -> float:
+    """Largest difference of a weight after two clipped steps from torch's own clipping and AdamW, relative to a step."""
+    from megatron.core import parallel_state
+
+    from launcher.engine import model
+    from launcher.engine.optimizer import build_optimizer
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    recipe = tiny("fast")
+    recipe.model.num_layers, recipe.optimizer.clip_grad = 1, 0.5
+    config = model.transformer_config(recipe)
+    chunks = model.wrap_data_parallel(recipe, config, model.build_chunks(recipe, config))
+    optimizer = build_optimizer(recipe, chunks)
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= group["wd_mult"]  # as the schedule does
+    ours = list(chunks[0].parameters())
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    groups = [{"params": [c for c in copies if c.ndim > 1]}, {"params": [c for c in copies if c.ndim == 1], "weight_decay": 0.0}]
+    o = recipe.optimizer
+    plain = torch.optim.AdamW(groups, o.lr, (o.adam_beta1, o.adam_beta2), o.adam_eps, weight_decay=o.weight_decay)
+    for factor in (1.0, 1e-4):  # above and below the limit
+        for parameter, copy in zip(ours, copies, strict=True):
+            copy.grad = factor * torch.randn_like(copy)
+            parameter.main_grad.copy_(copy.grad)
+        norm = torch.nn.utils.clip_grad_norm_(copies, o.clip_grad)
+        plain.step()
+        updated, told, _ = optimizer.step()
+        assert updated and abs(told / norm.item() - 1) < 1e-5
+    return max((p - c).abs().max().item() for p, c in zip(ours, copies, strict=True)) / o.lr
+
+
+if __name__ == "__main__":
+    run_worker(main)

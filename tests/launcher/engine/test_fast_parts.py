@@ -1,0 +1,36 @@
+"""What makes a step fast computes the same: loss and output layer in chunks, gradients into their buffer, clipping in AdamW."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.launch.torchrun import launch
+from launcher.recipe.frozen import write_frozen
+from launcher.run.folder import RunFolder
+from tests.launcher.engine import fast_parts_worker as worker
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("fast"))
+    folder.logs.mkdir()
+    recipe = worker.tiny("fast", tp=2)
+    write_frozen(recipe, folder.recipe)
+    assert launch(recipe, folder, Path(worker.__file__), "test") == 0
+    return json.loads((folder.path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("bfloat16", 0.05), ("float16", 0.01)])
+def test_loss_and_gradients_are_cross_entropys(found, dtype, near, ranks):
+    assert found["loss"][f"{dtype}, {ranks} ranks"] < near
+
+
+@pytest.mark.parametrize("name", worker.CASES)
+def test_every_gradient_is_megatron_cores(found, name):
+    assert found["gradients"][name] < 1e-5
+
+
+def test_clipping_and_update_are_torchs(found):
+    assert found["clip"] < 1e-4
