@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,17 @@ import torch
 
 from checkpoints.files.stored import DTYPES, NAMES, raw
 from checkpoints.folder import MANIFEST, RELEASE, TRACKER, CheckpointError
-from checkpoints.formats import hf, mindspore, torch_dist
+from checkpoints.formats import dialects, hf, mindspore, rank_files, torch_dist
 from checkpoints.formats.base import Source, Target
+from checkpoints.formats.dialects import Dialect
+from checkpoints.formats.rank_target import RankFiles, even
 from checkpoints.models import megatron
 from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import padded
-from checkpoints.recognise import Found
+from checkpoints.recognise import Found, recognise
 
-READ, WRITTEN = ("hf", "torch_dist", "mindspore"), ("hf", "torch_dist", "mindspore")
+READ, WRITTEN = ("hf", "torch_dist", "mindspore", "torch"), ("hf", "torch_dist", "mindspore", *dialects.FORMATS)
 BARE = ("hf", "mindspore")  # formats whose folder is the checkpoint itself, no folder of several
 VOCABULARY_MULTIPLE = 128  # rows of the tables in formats that are padded: Megatron-LM's default, which every usual TP divides
 Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call
@@ -39,7 +41,10 @@ class Wanted:
         hf_config: a Hugging Face folder whose config.json and tokenizer are to go with the weights.
         config: values for config.json where no such file comes with the weights, such as eos_token_id.
         allow_nan: take weights that hold NaN or infinity.
-        tensor: tensor-parallel ranks, in formats that have ranks.
+        tensor, pipeline: ranks, in formats that have them.
+        stages: the layers of each pipeline stage; None shares them out evenly.
+        transformer_impl: whose names torch has: `local` or `transformer_engine`, as Megatron-LM's option of that name.
+        pai_release: of Pai: `v0.6` and later, or `v0.5`.
         fused_layout: of MindSpore's matrices.
     """
 
@@ -49,16 +54,23 @@ class Wanted:
     config: Mapping[str, Any] | None = None
     allow_nan: bool = False
     tensor: int = 1
+    pipeline: int = 1
+    stages: Sequence[int] | None = None
+    transformer_impl: str = "local"
+    pai_release: str = "v0.6"
     fused_layout: Fused | None = None
 
 
-def open_source(found: Found, model: Model | None = None, vocab_size: int | None = None, fused_layout: Fused | None = None) -> Source:
+def open_source(
+    found: Found, model: Model | None = None, vocab_size: int | None = None, fused_layout: Fused | None = None, hf_config: Path | None = None
+) -> Source:
     """The checkpoint that `recognise` found.
 
     Args:
         model: what it is a model of, where something beside the weights says it; else what they carry themselves.
         vocab_size: ids before padding, for formats that do not say.
         fused_layout: how MindSpore's fused matrices lie, where nothing beside them says it.
+        hf_config: a Hugging Face folder with the model's config.json, for files per rank that do not say what they are.
 
     Raises:
         CheckpointError: it is damaged, its format is not read, or something is not said that nobody should guess.
@@ -66,19 +78,12 @@ def open_source(found: Found, model: Model | None = None, vocab_size: int | None
     if found.format == "hf":
         return hf.open_source(found.path)
     if found.format == "torch_dist":
-        return torch_dist.open_source(found.path, model or _of_settings(found.path, vocab_size))
+        return torch_dist.open_source(found.path, model or megatron.model_with_ids(vars(torch_dist.settings(found.path)), f"{found.path}/common.pt", vocab_size))
     if found.format == "mindspore":
         return mindspore.open_source(found.path, model, fused_layout)
+    if found.format == "torch":
+        return rank_files.open_source(found.path, found.tensor, found.pipeline, model, vocab_size, hf_config)
     raise CheckpointError(f"{found.path} is in the format {found.format}, and {' and '.join(READ)} are read")
-
-
-def _of_settings(folder: Path, vocab_size: int | None) -> Model:
-    args = vars(torch_dist.settings(folder))
-    ids = vocab_size or args.get("vocab_size")
-    if args and not ids:
-        rows = args.get("padded_vocab_size")
-        raise CheckpointError(f"{folder} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size")
-    return megatron.model_of(args, f"{folder}/common.pt", vocab_size=ids)
 
 
 def convert(
@@ -97,10 +102,15 @@ def convert(
         weights.mkdir(exist_ok=True)
         target = make_target(source, weights, wanted)
         sums = copy(source, target, lambda count: progress("writing", count), wanted.allow_nan)
-        written = open_source(Found(weights, wanted.to, 1, 1, 0), target.model, fused_layout=wanted.fused_layout)  # type: ignore[arg-type]
+        written = open_source(recognise(weights), target.model, fused_layout=wanted.fused_layout)
         compare(written, sums, lambda count: progress("checking", count))
         write_manifest(weights, source, target, wanted, sums)
         carry(weights)
+        if wanted.to == "pai" and source.model.family == "llama":  # its tools look there for the model and the tokenizer
+            config, files = _huggingface(source, wanted)
+            hf.write_json(part / "config.json", config)
+            for name, path in files.items():
+                shutil.copy2(path, part / name)
         if weights != part:
             (part / TRACKER).write_text(RELEASE, encoding="utf-8")
     return sums
@@ -110,18 +120,40 @@ def make_target(source: Source, weights: Path, wanted: Wanted) -> Target:
     """The target that writes `source` as `wanted` into the folder `weights`."""
     types = dtypes(source, DTYPES[wanted.dtype] if wanted.dtype else None)
     if wanted.to == "torch_dist":
-        return torch_dist.TorchDist(weights, source.model, types, padded(source.model.vocab_size, VOCABULARY_MULTIPLE))
-    if wanted.to in BARE:
-        beside = {path.name: path for path in (*source.companions, *(hf.companions(wanted.hf_config) if wanted.hf_config else ()))}
-        base = beside.pop("config.json", None)
-        given = None if base is None else hf.read_config(base.parent)
-        config = (wanted.config or {} if given is None else {}) | hf.config_for(source.model, given, str(base))
-        if wanted.to == "hf":
-            return hf.HuggingFace(weights, source.model, types, config, beside)
-        if wanted.fused_layout is None:
-            raise CheckpointError("how query, key and value lie in MindSpore's files is not said: --fused-layout separate, concat or grouped")
-        return mindspore.MindSpore(weights, source.model, types, wanted.tensor, wanted.fused_layout, config, beside)
-    raise CheckpointError(f"{wanted.to} cannot be written, {' and '.join(WRITTEN)} can")
+        return torch_dist.TorchDist(weights, source.model, types, rows(source.model, wanted))
+    if wanted.to in dialects.FORMATS:
+        stages = wanted.stages or even(source.model.num_layers, wanted.pipeline)
+        return RankFiles(weights, source.model, types, _dialect(wanted), wanted.tensor, stages)
+    if wanted.to not in WRITTEN:
+        raise CheckpointError(f"{wanted.to} cannot be written, {' and '.join(WRITTEN)} can")
+    config, beside = _huggingface(source, wanted)
+    if wanted.to == "hf":
+        return hf.HuggingFace(weights, source.model, types, config, beside)
+    if wanted.fused_layout is None:
+        raise CheckpointError("how query, key and value lie in MindSpore's files is not said: --fused-layout separate, concat or grouped")
+    return mindspore.MindSpore(weights, source.model, types, wanted.tensor, wanted.fused_layout, config, beside)
+
+
+def rows(model: Model, wanted: Wanted) -> int:
+    """Rows of the vocabulary's tables as they are written, padding included."""
+    if wanted.to in dialects.FORMATS:
+        return _dialect(wanted).rows(model.vocab_size, wanted.tensor)
+    return padded(model.vocab_size, VOCABULARY_MULTIPLE) if wanted.to == "torch_dist" else model.vocab_size
+
+
+def _dialect(wanted: Wanted) -> Dialect:
+    if wanted.to == "torch":
+        return dialects.core(wanted.transformer_impl)
+    return dialects.yuan() if wanted.to == "yuan" else dialects.pai(wanted.pai_release)
+
+
+def _huggingface(source: Source, wanted: Wanted) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The config.json that goes with the weights, and the other files of the model and its tokenizer."""
+    beside = {path.name: path for path in (*source.companions, *(hf.companions(wanted.hf_config) if wanted.hf_config else ()))}
+    base = beside.pop("config.json", None)
+    given = None if base is None else hf.read_config(base.parent)
+    config = (wanted.config or {} if given is None else {}) | hf.config_for(source.model, given, str(base))
+    return config, beside
 
 
 def dtypes(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

@@ -191,7 +191,7 @@ def open_source(
     """
     found = _Found(folder, tensor, pipeline)
     if any(name.startswith("language_model.") for name in found.shares):
-        format, model, table = _legacy(found, tensor, model, vocab_size, hf_config or _config_beside(folder))
+        format, model, table = _legacy(found, tensor, model, vocab_size, hf_config)
     else:
         model = model or (_of_config(hf_config, vocab_size) if hf_config else None)
         format, model = "torch", model or megatron.model_with_ids(found.settings, f"{folder} (args)", vocab_size)
@@ -236,6 +236,8 @@ def _legacy(
     """The format, the model and its table, of names of before megatron-core."""
     shapes = {name: tuple(shares[0].shape) for name, shares in found.shares.items()}
     rows = shapes[legacy.EMBEDDING][0] * tensor if legacy.EMBEDDING in shapes else None
+    ours = found.settings.get("vocab_size") if found.settings.get("family") else None  # what others' settings count is not known
+    config = config or (None if ours else _config_beside(found.folder))
     if model is None and config is not None:
         model = _of_config(config, vocab_size)
         if rows and not vocab_size and model.vocab_size != rows:
@@ -245,7 +247,6 @@ def _legacy(
                 f" others are padding, --vocab-size {rows} if tokens were added"
             )
     if model is None:
-        ours = found.settings.get("vocab_size") if found.settings.get("family") else None  # others' settings count otherwise
         model = legacy.model_of(found.settings, shapes, tensor, f"{found.folder} (args)", vocab_size or ours)
     if model.family == "yuan2":
         return "yuan", model, yuan().foreign(model)

@@ -18,6 +18,7 @@ from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
 from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, own_recipe, recipe_for, source_fused, source_model
 from launcher.recipe.frozen import write_frozen
+from launcher.recipe.pipeline import layers_of_stages
 from launcher.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # it imports torch
@@ -27,6 +28,8 @@ _WORDS_HELP = "The checkpoint's folder and the folder to write; a recipe, and va
 _TO_HELP = "The format to write. Default: torch_dist, which loads at any TP and PP."
 _DTYPE_HELP = "Precision of what is written: bf16, fp16 or fp32. Default: the source's."
 _HF_HELP = "A Hugging Face folder whose config.json and tokenizer are to go with the weights."
+_IMPL_HELP = "torch: the names of modules, local (default, yuan's on a CPU) or transformer_engine, as Megatron-LM's option of that name."
+_PAI_HELP = "pai: the release whose files to write, v0.6 (default, and later) or v0.5."
 _FUSED_HELP = "MindSpore: query, key and value separate, or in one matrix: concat (MindFormers to 1.3), grouped (from 1.5)."
 _SOURCE_FUSED_HELP = "The same of the source, where it is another than the target's."
 _LAYOUT_HELP = "Explicit pipeline stages, in Megatron's notation: 'Et*3|t*3L'."
@@ -41,6 +44,8 @@ def convert(
     tp: Annotated[Optional[int], typer.Option("--tp", help="Tensor-parallel ranks, in formats that have ranks.")] = None,
     pp: Annotated[Optional[int], typer.Option("--pp", help="Pipeline stages, in formats that have ranks.")] = None,
     layout: Annotated[Optional[str], typer.Option("--layout", help=_LAYOUT_HELP)] = None,
+    transformer_impl: Annotated[Optional[str], typer.Option("--transformer-impl", help=_IMPL_HELP)] = None,
+    pai_release: Annotated[Optional[str], typer.Option("--pai-release", help=_PAI_HELP)] = None,
     fused_layout: Annotated[Optional[str], typer.Option("--fused-layout", help=_FUSED_HELP)] = None,
     source_fused_layout: Annotated[Optional[str], typer.Option("--source-fused-layout", help=_SOURCE_FUSED_HELP)] = None,
     dtype: Annotated[Optional[str], typer.Option("--dtype", help=_DTYPE_HELP)] = None,
@@ -67,6 +72,8 @@ def convert(
         "convert.pipeline_model_parallel_layout": (layout, "--layout"),
         "convert.fused_layout": (fused_layout, "--fused-layout"),
         "convert.source_fused_layout": (source_fused_layout, "--source-fused-layout"),
+        "convert.transformer_impl": (transformer_impl, "--transformer-impl"),
+        "convert.pai_release": (pai_release, "--pai-release"),
         "convert.dtype": (dtype, "--dtype"),
         "convert.hf_config": (hf_config, "--hf-config"),
         "convert.vocab_size": (vocab_size, "--vocab-size"),
@@ -90,7 +97,8 @@ def _run(loaded: Loaded) -> None:
     base = own_recipe(found.path)
     from checkpoints import convert as conversion  # torch takes 3 s to import
 
-    source = conversion.open_source(found, source_model(loaded, base, found), asked.vocab_size, source_fused(asked))
+    hf_config = Path(asked.hf_config) if asked.hf_config else None
+    source = conversion.open_source(found, source_model(loaded, base, found), asked.vocab_size, source_fused(asked), hf_config)
     agree(loaded, source.model)
     tokenizer = find_tokenizer(loaded, source, base)
     types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None)
@@ -99,18 +107,20 @@ def _run(loaded: Loaded) -> None:
     if tokenizer.why:
         typer.echo(f"warning: no tokenizer goes with the weights ({tokenizer.why}): ids alone will do as text", err=True)
     wanted = conversion.Wanted(
-        asked.to, asked.dtype, Path(asked.hf_config) if asked.hf_config else None, _config(tokenizer), asked.allow_nan,
-        asked.tensor_model_parallel_size, asked.fused_layout,
+        to=asked.to, dtype=asked.dtype, hf_config=hf_config, config=_config(tokenizer), allow_nan=asked.allow_nan,
+        tensor=asked.tensor_model_parallel_size, pipeline=asked.pipeline_model_parallel_size,
+        stages=layers_of_stages(asked.pipeline_model_parallel_layout), transformer_impl=asked.transformer_impl, pai_release=asked.pai_release,
+        fused_layout=asked.fused_layout,
     )  # fmt: skip
     precision = next(iter(types.values()))
 
     def carry(weights: Path) -> None:
-        if asked.to in conversion.BARE:
-            _copy(tokenizer.files, weights)
-            return
-        padded = conversion.padded(source.model.vocab_size, conversion.VOCABULARY_MULTIPLE)
-        recipe = recipe_for(loaded, source, base, tokenizer.settings, conversion.NAMES[precision], padded, Path(asked.target or ""))
-        _carry(recipe, source, tokenizer, weights)
+        if asked.to in ("torch_dist", "torch"):
+            rows = conversion.rows(source.model, wanted)
+            recipe = recipe_for(loaded, source, base, tokenizer.settings, conversion.NAMES[precision], rows)
+            _carry(recipe, source, tokenizer, weights)
+        else:
+            _copy(tokenizer.files, weights if asked.to in conversion.BARE else weights.parent)
 
     started = time.monotonic()
     with _Meter(2 * size) as meter:
@@ -123,7 +133,7 @@ def _run(loaded: Loaded) -> None:
 
 
 def _plan(source: Source, found: Found, to: str, target: str, precisions: list[str], size: int) -> str:
-    ranks = f", TP {found.tensor}, PP {found.pipeline}" if found.tensor * found.pipeline > 1 else ""
+    ranks = f", {source.layout or f'TP {found.tensor}'}" if found.tensor * found.pipeline > 1 else ""
     return "\n".join(
         [
             f"source     {source.path}: {source.format}{ranks}",

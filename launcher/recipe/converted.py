@@ -135,7 +135,7 @@ def _beside(source: Source) -> Tokenizer:
     return Tokenizer(type="HuggingFaceTokenizer", tokenizer_model=str(source.path / "tokenizer.json"))
 
 
-def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: Tokenizer, precision: str, padded: int, target: Path) -> Recipe:
+def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: Tokenizer, precision: str, padded: int) -> Recipe:
     """A resolved recipe of the converted model: what `base` (the run it is of) or the named recipe says of training it, the
     source's own numbers, and nothing of machines, data and runs.
 
@@ -146,7 +146,8 @@ def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: T
         free = field.name in _FREE and recipe.model.num_layers is not None
         if hasattr(recipe.model, field.name) and not free:
             setattr(recipe.model, field.name, getattr(source.model, field.name))
-    for group, fresh in _fresh(target.name).items():
+    asked = loaded.recipe.convert
+    for group, fresh in _fresh(asked).items():
         setattr(recipe, group, fresh)
     recipe.tokenizer = tokenizer
     if tokenizer.type != "NullTokenizer":
@@ -154,14 +155,21 @@ def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: T
     recipe.training.precision = precision  # type: ignore[assignment]
     recipe.training.seq_length = recipe.training.seq_length or source.model.max_position_embeddings
     recipe.training.micro_batch_size = recipe.training.micro_batch_size or 1
-    resolve(recipe, {}, target.name)
+    resolve(recipe, {}, recipe.run.name)
     recipe.derived.vocab_size = source.model.vocab_size
     keep_padded_vocabulary(recipe, padded)
     return recipe
 
 
-def _fresh(name: str) -> dict[str, Any]:
+def _fresh(asked: Convert) -> dict[str, Any]:
+    """Nothing of the training that the model comes from; the layout is that of the files where these have one."""
+    parallel, checkpoint, launch = Parallel(), Checkpoint(), Launch()
+    if asked.to == "torch":
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
+            setattr(parallel, key, getattr(asked, key))
+        checkpoint.format = "torch"
+        launch.nproc_per_node = asked.tensor_model_parallel_size * asked.pipeline_model_parallel_size
     return {
-        "parallel": Parallel(), "data": Data(), "checkpoint": Checkpoint(), "launch": Launch(), "slurm": Slurm(), "run": Run(name=name),
-        "generate": Generate(), "convert": Convert(), "derived": Derived(),
+        "parallel": parallel, "data": Data(), "checkpoint": checkpoint, "launch": launch, "slurm": Slurm(),
+        "run": Run(name=Path(asked.target or "").name), "generate": Generate(), "convert": Convert(), "derived": Derived(),
     }  # fmt: skip

@@ -25,3 +25,8 @@ def parse_layout(layout: str) -> list[str]:
     if unknown:
         raise LayoutError(f"{' and '.join(map(repr, unknown))} mean nothing in a pipeline layout")
     return text.split("|")
+
+
+def layers_of_stages(layout: str | None) -> list[int] | None:
+    """How many layers each stage of a layout has; None of none."""
+    return None if layout is None else [stage.count("t") for stage in parse_layout(layout)]

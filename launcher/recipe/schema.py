@@ -399,6 +399,10 @@ class Convert:
     """Pipeline stages of what is written."""
     pipeline_model_parallel_layout: Optional[str] = None
     """Explicit stages of what is written, in Megatron's notation."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """torch: whose modules the names are of: megatron-core's own, or Transformer Engine's, in which norms are part of the next layer."""
+    pai_release: Literal["v0.5", "v0.6"] = "v0.6"
+    """pai: v0.6 and later, or v0.5, with gate and up apart and RoPE's frequencies with every layer."""
     dtype: Optional[Literal["bf16", "fp16", "fp32"]] = None
     """Precision of what is written. Derived: that of the source."""
     hf_config: Optional[str] = None
