@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from launcher.engine.loss import linear_cross_entropy
+from launcher.recipe.size import LOGIT_ROWS
 
 
 class LanguageModel(GPTModel):
@@ -27,12 +28,12 @@ class LanguageModel(GPTModel):
         if self.pre_process and self.config.gradient_accumulation_fusion:
             table = self.embedding.word_embeddings
             table.__class__ = AccumulatingEmbedding  # megatron-core's class, made deep inside; the same tensors
-            table.tied_here = self.post_process and self.share_embeddings_and_output_weights
             table.weight.zero_out_wgrad = False  # the zeros stood for what the table's own gradient was added to
 
     def _postprocess(self, hidden_states, *, labels, loss_mask, **rest):
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest)
+        if labels is None or not self.post_process or self._fits(labels):
+            output = super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest)
+            return output if labels is None or not self.post_process else (output.float() * loss_mask).sum()
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -46,8 +47,14 @@ class LanguageModel(GPTModel):
             loss_mask.t().reshape(-1),
             tp,
             add_to_main_grad=self.config.gradient_accumulation_fusion,
+            tied_here=self.pre_process and self.share_embeddings_and_output_weights,
             expected_scale=self._expected_scale(loss_mask),
         )
+
+    @staticmethod
+    def _fits(labels: torch.Tensor) -> bool:
+        """A GPU keeps the logits of one chunk whole: in chunks the table's gradient takes more than they do."""
+        return labels.is_cuda and labels.numel() <= LOGIT_ROWS["cuda"]
 
     def _expected_scale(self, loss_mask: torch.Tensor) -> float:
         """fp16: what the schedule will multiply the loss by, but for the number of microbatches."""
@@ -64,7 +71,7 @@ class AccumulatingEmbedding(VocabParallelEmbedding):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         here = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
-        rows = _Rows.apply((input_ - self.vocab_start_index) * here, self.weight, self.tied_here)
+        rows = _Rows.apply((input_ - self.vocab_start_index) * here, self.weight)
         if self.tp_group.size() > 1:
             rows = rows * here.unsqueeze(-1)
         if self.reduce_scatter_embeddings:
@@ -74,9 +81,9 @@ class AccumulatingEmbedding(VocabParallelEmbedding):
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, tied_here):
+    def forward(ctx, ids, weight):
         ctx.save_for_backward(ids)
-        ctx.weight, ctx.tied_here = weight, tied_here
+        ctx.weight = weight
         return torch.nn.functional.embedding(ids, weight)
 
     @staticmethod
@@ -85,5 +92,4 @@ class _Rows(torch.autograd.Function):
         rows, main_grad = grad_output.reshape(-1, grad_output.shape[-1]), ctx.weight.main_grad
         main_grad.index_add_(0, ids.reshape(-1), rows.to(main_grad.dtype))
         ctx.weight.grad_added_to_main_grad = True
-        # Tied, the loss has returned a gradient for the hooks; else an unwritten one tells them.
-        return None, None if ctx.tied_here else torch.empty_like(ctx.weight), None
+        return None, torch.empty_like(ctx.weight)  # unwritten, and so no memory: it tells the hooks that there is one

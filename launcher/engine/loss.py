@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-# Tokens per chunk. Every chunk reads and writes the table's gradient once: 10 / ROWS of the time of its products on a CPU
-# (2 % at 512); a GPU multiplies forty times as fast for each byte that it moves.
-ROWS = {"cpu": 512, "cuda": 4096}
+from launcher.recipe.size import LOGIT_ROWS
 
 
 def linear_cross_entropy(
@@ -25,6 +23,7 @@ def linear_cross_entropy(
     mask: torch.Tensor,
     group: dist.ProcessGroup,
     add_to_main_grad: bool = False,
+    tied_here: bool = False,
     expected_scale: float = 1.0,
 ) -> torch.Tensor:
     """Sum over the tokens of mask x cross-entropy of `hidden @ weight.T`, in fp32.
@@ -36,30 +35,34 @@ def linear_cross_entropy(
         mask: [tokens], a factor for each token's loss.
         group: the tensor-parallel ranks.
         add_to_main_grad: add the table's gradient to `weight.main_grad` as megatron-core's fused linear layers do.
+        tied_here: with it, return none besides: the embedding, whose turn is last, tells the hooks that there is one.
         expected_scale: about what the backward pass will be called with. It changes no result, but in fp16 it keeps small
             gradients from vanishing, and lets an overflow be seen, as the loss scale does without this function.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, mask.float(), group, add_to_main_grad, expected_scale, wants_grad)
+    more = group, add_to_main_grad, tied_here, expected_scale, wants_grad
+    return _LinearCrossEntropy.apply(hidden, weight, labels, mask.float(), *more)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask, group, add_to_main_grad, expected_scale, wants_grad):
+    def forward(ctx, hidden, weight, labels, mask, group, add_to_main_grad, tied_here, expected_scale, wants_grad):
         losses = torch.empty_like(mask)
         if wants_grad:
             hidden_grad = torch.empty_like(hidden)
             weight_grad = torch.empty_like(weight, dtype=torch.float32)
-        rows, tokens = ROWS[hidden.device.type], len(hidden)
+        rows, tokens = LOGIT_ROWS[hidden.device.type], len(hidden)
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             losses[part], gradient = _chunk(hidden[part], weight, labels[part], group)
             if wants_grad:
                 factor = mask[part, None] * expected_scale
                 _add_gradients(hidden[part], weight, gradient, factor, hidden_grad[part], weight_grad, first=start == 0)
+            del gradient  # before the next chunk's logits
         if wants_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)
-            ctx.weight, ctx.add_to_main_grad, ctx.expected_scale = weight, add_to_main_grad, expected_scale
+            ctx.weight, ctx.expected_scale = weight, expected_scale
+            ctx.add_to_main_grad, ctx.tied_here = add_to_main_grad, tied_here
         return (losses * mask).sum()
 
     @staticmethod
@@ -70,9 +73,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.add_to_main_grad:
             weight.main_grad.add_(weight_grad, alpha=factor.item())
             weight.grad_added_to_main_grad = True  # what is returned only tells the hooks that it is there
+            weight_grad = None if ctx.tied_here else weight_grad
         else:
             weight_grad = weight_grad.mul_(factor).to(weight.dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, *[None] * 7
 
 
 def _chunk(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, group) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from launcher.recipe.estimate import activations
 from launcher.recipe.estimate.activations import BYTES, STATISTIC, tokens
 from launcher.recipe.estimate.stages import Chunk, chunks, in_flight
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import layer_parameters, norm, position_table, vocabulary_table, widths
+from launcher.recipe.size import LOGIT_ROWS, layer_parameters, norm, position_table, vocabulary_table, widths
 
 GIB = 2**30
 BAND = 0.10  # what the estimate may be off by, either way (tests/benchmarks/README.md)
@@ -122,20 +122,23 @@ def _chunk(recipe: Recipe, chunk: Chunk) -> int:
 
 
 def _loss(recipe: Recipe, stage: list[Chunk]) -> int:
-    """Logits and loss: forward the logits and their fp32 copy (fp32: in place); then the gradient in both, or the
-    gradients of the output layer and of its input."""
+    """Logits and loss. In chunks (launcher/engine/loss.py): a chunk's logits or their gradients, in fp32 and in 16 bits, the
+    table's gradient in fp32, a product in 16 bits to be added to it, the gradient of the layer's input."""
     if not stage[-1].output:
         return 0
-    size, tp = BYTES[recipe.training.precision], recipe.parallel.tensor_model_parallel_size
-    logits = tokens(recipe) * recipe.derived.padded_vocab_size // tp
-    copy = STATISTIC if size != STATISTIC else 0
+    size, tp, device = BYTES[recipe.training.precision], recipe.parallel.tensor_model_parallel_size, recipe.derived.device
+    copy = size if size != STATISTIC else 0
+    rows, table = min(tokens(recipe), LOGIT_ROWS[device]), vocabulary_table(recipe) // tp
+    logits = rows * recipe.derived.padded_vocab_size // tp
     stream = tokens(recipe) * recipe.model.hidden_size * size
-    return max(logits * (size + copy), logits * size + stream + vocabulary_table(recipe) * size // tp)
+    if device == "cuda" and rows == tokens(recipe):  # whole, by megatron-core: then their gradient, and those of the output layer
+        return max(logits * (size + (STATISTIC if copy else 0)), logits * size + stream + table * size)
+    return (logits + table) * (STATISTIC + copy) + stream
 
 
 def _layer(recipe: Recipe, stage: list[Chunk]) -> int:
-    """A layer's backward pass: gradients of the feed-forward layer's and of its weights, recomputed activations; a tied
-    table's gradient waits from the loss to the embedding."""
+    """A layer's backward pass: gradients of the feed-forward layer's and of its weights, recomputed activations; on a GPU a
+    tied table's gradient waits from the loss to the embedding."""
     p, w = recipe.parallel, widths(recipe)
     size, tp = BYTES[recipe.training.precision], p.tensor_model_parallel_size
     work = size * (tokens(recipe) * (w.hidden + w.up // tp) + w.ffn * w.hidden // tp)
@@ -146,12 +149,13 @@ def _layer(recipe: Recipe, stage: list[Chunk]) -> int:
         work += together * activations.layer(recipe)
     elif p.recompute_granularity == "selective":
         work += activations.core_attention(recipe)
-    return work + (_table(recipe) if _tied_here(recipe, stage) else 0)
+    return work + (_table(recipe) if _tied_here(recipe, stage) and recipe.derived.device == "cuda" else 0)
 
 
 def _end(recipe: Recipe, stage: list[Chunk]) -> int:
-    """The vocabulary's table at the end of the backward pass: its gradient, and tied that of the logits and their sum."""
-    if not stage[0].embedding:
+    """The vocabulary's table at the end of the backward pass: its gradient, and tied that of the logits and their sum. A CPU
+    adds the batch's rows to the buffer."""
+    if not stage[0].embedding or recipe.derived.device == "cpu":
         return 0
     return _table(recipe) * (3 if _tied_here(recipe, stage) else 1)
 

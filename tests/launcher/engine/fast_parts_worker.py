@@ -59,7 +59,7 @@ def one_loss(dtype: torch.dtype, group, loss) -> float:
     hidden.requires_grad_()
     weight = torch.nn.Parameter(whole[share].clone())
     weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
-    with mock.patch.dict(loss.ROWS, cpu=4):
+    with mock.patch.dict(loss.LOGIT_ROWS, cpu=4):
         with torch.no_grad():
             unwanted = loss.linear_cross_entropy(hidden, weight, labels, mask, group)
         total = loss.linear_cross_entropy(hidden, weight, labels, mask, group, add_to_main_grad=True, expected_scale=scale)
