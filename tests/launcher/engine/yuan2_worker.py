@@ -1,14 +1,19 @@
-"""A rank of the tests of Yuan 2.0: one job of four that takes each layout in turn and compares it with the reference."""
+"""The job of the tests of Yuan 2.0: four ranks take each layout in turn and compare it with the reference.
+
+`python yuan2_worker.py FOLDER` imports the engine once and forks the ranks: the imports take longer than all the layouts.
+"""
 
 import dataclasses
 import json
+import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[3]))  # a rank is started as a script
+sys.path.insert(0, str(Path(__file__).parents[3]))  # it is started as a script
 from launcher.recipe.resolve import resolve
 from launcher.recipe.schema import Derived, Recipe
-from launcher.workers.entry import run_worker
 from tests.launcher.engine import yuan2_reference as reference
 from tests.launcher.engine.generate_worker import YUAN2, tiny
 
@@ -195,17 +200,17 @@ def whole_model(recipe, chunk):
     }
 
 
-def main(recipe, folder, stop):
+def main(folder):
+    from launcher.engine.initialize import finish, initialize
+
+    initialize(at_layout("plain"))
     import torch
 
     from checkpoints.folder import newest_checkpoint
     from launcher.engine import checkpoint
-    from launcher.engine.initialize import finish, initialize
     from launcher.engine.model import unwrap
     from launcher.engine.train import build, train_step
 
-    initialize(recipe)
-    (folder.path / "tokenizer").mkdir(exist_ok=True)
     results = {}
     for name, (*_, mode) in LAYOUTS.items():
         one = at_layout(name)
@@ -223,9 +228,9 @@ def main(recipe, folder, stop):
             state.optimizer.reload_model_params()
         results[name] = compared(one, state, weights, mode)
         if name == SAVED:
-            checkpoint.save(one, state, folder.path, folder.path / "tokenizer")
+            checkpoint.save(one, state, folder, folder / "tokenizer")
         if name == LOADED:
-            checkpoint.load(one, state, newest_checkpoint(folder.path), resume=True)
+            checkpoint.load(one, state, newest_checkpoint(folder), resume=True)
         if name in (SAVED, LOADED):
             train_step(one, state, batches(one, state.chunks))
             results[name]["next"] = evaluate(one, state)
@@ -233,9 +238,33 @@ def main(recipe, folder, stop):
     torch.distributed.all_gather_object(every, results)
     if torch.distributed.get_rank() == 0:
         worst = {name: {key: max(rank[name].get(key, 0.0) for rank in every) for key in set().union(*(rank[name] for rank in every))} for name in LAYOUTS}
-        (folder.path / "result.json").write_text(json.dumps(about | worst))
+        (folder / "result.json").write_text(json.dumps(about | worst))
     finish()
 
 
+def fork_ranks(folder, count=4):
+    """Run `main` in `count` ranks; whether all ended well."""
+    from launcher.engine import cpu_port
+
+    cpu_port.install()
+    import launcher.engine.checkpoint
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            try:
+                main(folder)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)  # taking the interpreter apart would take longer than most layouts
+    return all(os.waitpid(child, 0)[1] == 0 for child in children)
+
+
 if __name__ == "__main__":
-    run_worker(main)
+    sys.exit(not fork_ranks(Path(sys.argv[1])))
