@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from checkpoints.formats.base import Source, Target
 from checkpoints.formats.dialects import Dialect
 from checkpoints.formats.rank_target import RankFiles, even
 from checkpoints.models import megatron
+from checkpoints.models.gpt import SCALE
 from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import padded
 from checkpoints.recognise import Found, recognise
 
 READ, WRITTEN = ("hf", "torch_dist", "mindspore", "torch"), ("hf", "torch_dist", "mindspore", *dialects.FORMATS)
+QUANTIZED = ("torch_dist", "mindspore")
 BARE = ("hf", "mindspore")  # formats whose folder is the checkpoint itself, no folder of several
 VOCABULARY_MULTIPLE = 128  # rows of the tables in formats that are padded: Megatron-LM's default, which every usual TP divides
 Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call
@@ -80,7 +82,7 @@ def open_source(
     if found.format == "torch_dist":
         return torch_dist.open_source(found.path, model or megatron.model_with_ids(vars(torch_dist.settings(found.path)), f"{found.path}/common.pt", vocab_size))
     if found.format == "mindspore":
-        return mindspore.open_source(found.path, model, fused_layout)
+        return mindspore.open_source(found.path, model, fused_layout, hf_config)
     if found.format == "torch":
         return rank_files.open_source(found.path, found.tensor, found.pipeline, model, vocab_size, hf_config)
     raise CheckpointError(f"{found.path} is in the format {found.format}, and {' and '.join(READ)} are read")
@@ -118,7 +120,9 @@ def convert(
 
 def make_target(source: Source, weights: Path, wanted: Wanted) -> Target:
     """The target that writes `source` as `wanted` into the folder `weights`."""
-    types = dtypes(source, DTYPES[wanted.dtype] if wanted.dtype else None)
+    types = dtypes(source, DTYPES[wanted.dtype] if wanted.dtype else None, wanted.to)
+    if source.model.quantize and wanted.to not in QUANTIZED:
+        raise CheckpointError(f"{wanted.to} has no weights in {source.model.quantize}: {' and '.join(QUANTIZED)} have")
     if wanted.to == "torch_dist":
         return torch_dist.TorchDist(weights, source.model, types, rows(source.model, wanted))
     if wanted.to in dialects.FORMATS:
@@ -152,13 +156,22 @@ def _huggingface(source: Source, wanted: Wanted) -> tuple[dict[str, Any], dict[s
     beside = {path.name: path for path in (*source.companions, *(hf.companions(wanted.hf_config) if wanted.hf_config else ()))}
     base = beside.pop("config.json", None)
     given = None if base is None else hf.read_config(base.parent)
-    config = (wanted.config or {} if given is None else {}) | hf.config_for(source.model, given, str(base))
+    config = (wanted.config or {} if given is None else {}) | hf.config_for(replace(source.model, quantize=None), given, str(base))
     return config, beside
 
 
-def dtypes(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The type that each tensor of a source is to have: `dtype` where one is given, else its own."""
-    return {tensor.name: dtype or source.dtype(tensor.name) for tensor in source.tensors}
+def dtypes(source: Source, dtype: torch.dtype | None, to: str = "") -> dict[str, torch.dtype]:
+    """The type that each tensor of a source is to have: `dtype` where one is given, else its own.
+
+    Quantized weights stay as they are; their scales are fp16 for MindSpore, as its operators want them.
+    """
+    found = {tensor.name: source.dtype(tensor.name) for tensor in source.tensors}
+    for name, own in found.items():
+        if name.endswith(SCALE):
+            found[name] = torch.float16 if to == "mindspore" else torch.float32
+        elif own.is_floating_point:
+            found[name] = dtype or own
+    return found
 
 
 def nbytes(source: Source, types: Mapping[str, torch.dtype]) -> int:
@@ -214,6 +227,8 @@ def _as(whole: torch.Tensor, dtype: torch.dtype, name: str, allow_nan: bool) -> 
     cast = whole.to(dtype)
     if cast.dtype != whole.dtype and finite and not _finite(cast):
         raise CheckpointError(f"{name} holds numbers up to {whole.abs().max().item():.3g}, which {NAMES[dtype]} cannot")
+    if name.endswith(SCALE) and not cast.all():
+        raise CheckpointError(f"{name} holds numbers below {whole.min().item():.3g}, which are 0 in {NAMES[dtype]}")
     return cast
 
 
@@ -251,6 +266,7 @@ def write_manifest(folder: Path, source: Source, target: Target, wanted: Wanted,
         "to": wanted.to,
         "fused_layout": wanted.fused_layout,
         "model": vars(target.model),
+        "errors": getattr(source, "errors", {}),
         "left_out": source.left_out,
         "tensors": {
             tensor.name: {

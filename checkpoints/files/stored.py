@@ -12,7 +12,7 @@ import torch
 from checkpoints.folder import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int8"}
 
 
 @dataclass(frozen=True)

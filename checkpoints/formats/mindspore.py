@@ -84,17 +84,18 @@ def rank_file(folder: Path) -> Path:
     return max(folder.glob("*.ckpt"), key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
 
 
-def open_source(folder: Path, model: Model | None = None, fused: Fused | None = None) -> Source:
+def open_source(folder: Path, model: Model | None = None, fused: Fused | None = None, hf_config: Path | None = None) -> Source:
     """A folder of ranks.
 
     Args:
-        model: what it is a model of, its vocab_size 0 where that is all rows there are; else config.json beside the ranks.
-        fused: how fused matrices lie, where there are any: concat or grouped; else conversion.json beside the ranks.
+        model: what it is a model of, its vocab_size 0 where that is all rows there are.
+        hf_config: else the folder whose config.json says it; else the ranks' own folder is.
+        fused: how fused matrices lie, concat or grouped, where no conversion.json beside the ranks says it.
 
     Raises:
         CheckpointError: it is damaged, does not hold this model, or does not say how its matrices lie.
     """
-    model, fused = model or _own_model(folder), fused or _own_layout(folder)
+    model, fused = model or _model(folder, hf_config), _own_layout(folder) or fused
     ranks = read_ranks(folder)
     left_out = {name: why for rank in ranks for name in rank if (why := mindformers.no_weight(name))}
     weights = [{name: one for name, one in rank.items() if name not in left_out} for rank in ranks]
@@ -175,11 +176,12 @@ def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict
     return found
 
 
-def _own_model(folder: Path) -> Model:
-    if not (folder / "config.json").is_file():
+def _model(folder: Path, hf_config: Path | None) -> Model:
+    if hf_config is None and not (folder / "config.json").is_file():
         what = "says the shapes of its tensors, and not what the model is: --hf-config DIR with its config.json, or a recipe with it"
         raise CheckpointError(f"{folder} {what}")
-    return model_of(read_config(folder), str(folder / "config.json"))
+    place = hf_config or folder
+    return model_of(read_config(place), str(place / "config.json"))
 
 
 def _own_layout(folder: Path) -> Fused | None:

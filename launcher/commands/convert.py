@@ -33,6 +33,7 @@ _PAI_HELP = "pai: the release whose files to write, v0.6 (default, and later) or
 _FUSED_HELP = "MindSpore: query, key and value separate, or in one matrix: concat (MindFormers to 1.3), grouped (from 1.5)."
 _SOURCE_FUSED_HELP = "The same of the source, where it is another than the target's."
 _LAYOUT_HELP = "Explicit pipeline stages, in Megatron's notation: 'Et*3|t*3L'."
+_QUANTIZE_HELP = "int8: the layers' matrices as whole numbers with a scale for each output, for answers alone."
 _VOCABULARY_HELP = "Ids of the vocabulary, for a source that says only what it was padded to."
 
 
@@ -49,6 +50,7 @@ def convert(
     fused_layout: Annotated[Optional[str], typer.Option("--fused-layout", help=_FUSED_HELP)] = None,
     source_fused_layout: Annotated[Optional[str], typer.Option("--source-fused-layout", help=_SOURCE_FUSED_HELP)] = None,
     dtype: Annotated[Optional[str], typer.Option("--dtype", help=_DTYPE_HELP)] = None,
+    quantize: Annotated[Optional[str], typer.Option("--quantize", help=_QUANTIZE_HELP)] = None,
     hf_config: Annotated[Optional[str], typer.Option("--hf-config", help=_HF_HELP)] = None,
     vocab_size: Annotated[Optional[int], typer.Option("--vocab-size", help=_VOCABULARY_HELP)] = None,
     allow_nan: Annotated[Optional[bool], typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")] = None,
@@ -75,6 +77,7 @@ def convert(
         "convert.transformer_impl": (transformer_impl, "--transformer-impl"),
         "convert.pai_release": (pai_release, "--pai-release"),
         "convert.dtype": (dtype, "--dtype"),
+        "convert.quantize": (quantize, "--quantize"),
         "convert.hf_config": (hf_config, "--hf-config"),
         "convert.vocab_size": (vocab_size, "--vocab-size"),
         "convert.allow_nan": (allow_nan, "--allow-nan"),
@@ -96,12 +99,15 @@ def _run(loaded: Loaded) -> None:
     found = recognise(Path(asked.source or ""))
     base = own_recipe(found.path)
     from checkpoints import convert as conversion  # torch takes 3 s to import
+    from checkpoints.quantize import Quantized
 
     hf_config = Path(asked.hf_config) if asked.hf_config else None
     source = conversion.open_source(found, source_model(loaded, base, found), asked.vocab_size, source_fused(asked), hf_config)
     agree(loaded, source.model)
     tokenizer = find_tokenizer(loaded, source, base)
-    types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None)
+    if asked.quantize:
+        source = Quantized(source)
+    types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None, asked.to)
     size = conversion.nbytes(source, types)
     typer.echo(_plan(source, found, asked.to, str(asked.target), sorted({conversion.NAMES.get(t, str(t)) for t in types.values()}), size))
     if tokenizer.why:
@@ -128,6 +134,8 @@ def _run(loaded: Loaded) -> None:
     seconds = time.monotonic() - started
     for name, why in _grouped(source.left_out).items():
         typer.echo(f"left out   {why}: {name}")
+    if isinstance(source, Quantized):
+        typer.echo(_errors(source.errors))
     typer.echo(f"done       {len(source.tensors)} tensors, {size / 1e6:,.1f} MB in {seconds:.1f} s, read back and found equal")
     typer.echo(f"next       {_next(asked.to, str(asked.target))}")
 
@@ -168,6 +176,16 @@ def _carry(recipe: Recipe, source: Source, tokenizer: TokenizerFound, weights: P
     if of_model:
         _copy(of_model, weights / "hf")
     write_frozen(recipe, weights / "recipe.yaml")
+
+
+def _errors(errors: dict[str, float]) -> str:
+    """The errors of quantized weights, a line for each layer."""
+    modules = list(dict.fromkeys(name.split(".", 3)[3].removesuffix(".weight").split("linear_")[1] for name in errors))
+    rows: dict[str, list[str]] = {}
+    for name, error in errors.items():
+        rows.setdefault(name.split(".")[2], []).append(f"{100 * error:6.2f}%")
+    head = f"error      |w - scale q| / |w|\n  layer  {'  '.join(f'{one:>7}' for one in modules)}"
+    return "\n".join([head, *(f"  {layer:>5}  {'  '.join(row)}" for layer, row in rows.items())])
 
 
 def _grouped(left_out: dict[str, str]) -> dict[str, str]:

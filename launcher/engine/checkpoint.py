@@ -180,10 +180,15 @@ def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: b
     register_safe_globals()
     read = _read_torch_dist if (checkpoint / "metadata.json").is_file() else _read_torch
     try:
-        return read(recipe, state, checkpoint, with_optimizer, with_rng)
+        loaded = read(recipe, state, checkpoint, with_optimizer, with_rng)
+        if (kind := getattr(loaded["args"], "quantize", None)) != recipe.model.quantize:  # torch would have turned int8 into bf16
+            raise CheckpointError(f"{checkpoint} has {kind or 'no quantized'} weights, and model.quantize is {recipe.model.quantize}")
+        return loaded
     except CheckpointException as error:  # torch's, not an Exception; its text is every rank's traceback
         cause = next((cause for cause, _ in error.failures.values()), error)
         raise CheckpointError(f"{checkpoint} cannot be loaded: {type(cause).__name__}: {cause}") from error
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 

@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
 
+from launcher.engine.quantized import Int8ColumnParallelLinear, Int8RowParallelLinear
+
 
 class Norm:
     """torch's LayerNorm or RMSNorm, its parameters marked for sequence parallelism.
@@ -59,8 +61,10 @@ class FusedAttention(DotProductAttention):
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
 
 
-def layer_spec() -> ModuleSpec:
-    """One transformer layer. Tensors bear Transformer Engine's names in torch_dist checkpoints, whichever spec trains."""
+def layer_spec(int8: bool = False) -> ModuleSpec:
+    """One transformer layer; with `int8` one that answers with int8 weights. Tensors bear Transformer Engine's names in
+    torch_dist checkpoints, whichever spec trains."""
+    columns, rows = (Int8ColumnParallelLinear, Int8RowParallelLinear) if int8 else (ColumnParallelLinear, RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -69,12 +73,12 @@ def layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=FusedAttention, linear_proj=RowParallelLinear
+                    linear_qkv=columns, core_attention=FusedAttention, linear_proj=rows
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=columns, linear_fc2=rows)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -22,9 +22,9 @@ def transformer_engine(recipe: Recipe) -> bool:
     """Whether Transformer Engine's layers are used: where it is installed and there is a GPU.
 
     Not with a document mask: Megatron's spec tells Transformer Engine that the mask is causal, and it looks at no other.
-    Not with Yuan's filter: it stands between the norm and the projection that Transformer Engine fuses.
+    Not with Yuan's filter: it stands between the norm and the projection that Transformer Engine fuses. Not with int8 weights.
     """
-    fits = recipe.model.family != "yuan2" and not recipe.data.reset_attention_mask
+    fits = recipe.model.family != "yuan2" and not recipe.data.reset_attention_mask and not recipe.model.quantize
     return HAVE_TE and recipe.derived.device == "cuda" and fits
 
 
@@ -95,7 +95,7 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
     else:
         from launcher.engine.layers import block_spec, layer_spec
 
-        layer = layer_spec()
+        layer = layer_spec(bool(model.quantize))
         if model.family == "yuan2":
             from launcher.engine.models import yuan2
 

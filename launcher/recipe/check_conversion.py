@@ -17,6 +17,7 @@ from launcher.recipe.size import parameters
 TP, PP = "convert.tensor_model_parallel_size", "convert.pipeline_model_parallel_size"
 LAYOUT = "convert.pipeline_model_parallel_layout"
 RANKS = {"torch_dist": (), "hf": (), "mindspore": (TP,)}  # what of a layout a format has; the others have both
+QUANTIZED = ("torch_dist", "mindspore")  # formats that have int8 weights
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, None: 4}  # unknown: at most fp32
 
 
@@ -35,6 +36,9 @@ def places(case: Case) -> Iterator[Problem]:
     if c.target:
         yield from _target(case, Path(c.target))
     yield from _fused(case)
+    if c.quantize and c.to not in QUANTIZED:
+        what = f"{c.to} has no weights in {c.quantize}"
+        yield Problem(what, case.at("convert.to", "convert.quantize"), f"convert.to={' or '.join(QUANTIZED)}, or convert.quantize=null")
     if found:
         yield from _room(case, found)
     if c.hf_config is not None and not (Path(c.hf_config) / "config.json").is_file():

@@ -153,8 +153,10 @@ def family(case: Case) -> Iterator[Problem]:
 
 
 def precision(case: Case) -> Iterator[Problem]:
-    """Loss scaling belongs to fp16; a CPU computes fp16 slowly."""
+    """Loss scaling belongs to fp16; a CPU computes fp16 slowly; int8 is for answers."""
     t = case.recipe.training
+    if case.recipe.model.quantize:
+        yield Problem("weights in int8 cannot be trained, only answer", case.at("model.quantize"), "model.quantize=null")
     if t.precision == "fp16":
         for key in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
             if t.loss_scale is not None and case.given(f"training.{key}"):

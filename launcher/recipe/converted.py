@@ -61,24 +61,16 @@ def model_of(recipe: Recipe) -> Model:
 
 
 def source_model(loaded: Loaded, base: Recipe | None, found: Found) -> Model | None:
-    """What the source is a model of, where something beside its weights says it: the run that it is of, and of files that
-    say nothing but shapes the named recipe, or --hf-config.
-
-    Raises:
-        CheckpointError: --hf-config has no config.json that can be read.
-    """
+    """What the source is a model of, where a recipe says it: that of the run which it is of; for MindSpore's files, which
+    say nothing but shapes, the named one, with all rows of the vocabulary where its tokenizer is not there."""
     if base is not None:
         return model_of(base)
-    if found.format != "mindspore":
+    if found.format != "mindspore" or not describes_model(loaded):
         return None
-    from checkpoints.formats.hf import model_of as model_of_config
-    from checkpoints.formats.hf import read_config
     from checkpoints.models.model import Model
 
-    recipe, folder = loaded.recipe, loaded.recipe.convert.hf_config
-    if describes_model(loaded):
-        return Model.of(vars(recipe.model), f"recipe {loaded.name}", vocab_size=recipe.convert.vocab_size or recipe.derived.vocab_size or 0)
-    return model_of_config(read_config(Path(folder)), f"{folder}/config.json") if folder else None
+    recipe = loaded.recipe
+    return Model.of(vars(recipe.model), f"recipe {loaded.name}", vocab_size=recipe.convert.vocab_size or recipe.derived.vocab_size or 0)
 
 
 def source_fused(asked: Convert) -> str | None:

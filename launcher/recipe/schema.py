@@ -65,6 +65,8 @@ class Model:
     """Attention's softmax in fp32 under fp16 or bf16."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this x tensor_model_parallel_size."""
+    quantize: Optional[Literal["int8"]] = None
+    """Ours: the layers' matrices in int8, a scale for each output, for answers alone; `yuan convert --quantize` makes them."""
 
 
 @dataclass
@@ -405,6 +407,8 @@ class Convert:
     """pai: v0.6 and later, or v0.5, with gate and up apart and RoPE's frequencies with every layer."""
     dtype: Optional[Literal["bf16", "fp16", "fp32"]] = None
     """Precision of what is written. Derived: that of the source."""
+    quantize: Optional[Literal["int8"]] = None
+    """int8: the layers' matrices as whole numbers, a scale for each output, for answers alone; torch_dist and mindspore."""
     hf_config: Optional[str] = None
     """A Hugging Face folder with config and tokenizer, for sources that carry none."""
     vocab_size: Optional[int] = None
@@ -414,7 +418,7 @@ class Convert:
     fused_layout: Optional[Literal["separate", "concat", "grouped"]] = None
     """MindSpore: query, key and value separate, or how they lie in one matrix; gate and up likewise."""
     source_fused_layout: Optional[Literal["concat", "grouped"]] = None
-    """MindSpore: how they lie in the source. Derived: fused_layout, or what conversion.json beside the source says."""
+    """MindSpore: how they lie in the source, where no conversion.json beside it says it. Derived: fused_layout."""
 
 
 @dataclass

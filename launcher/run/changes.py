@@ -92,6 +92,8 @@ def refusals(saved: Recipe, new: Recipe, with_optimizer: bool = True) -> dict[st
     for key, (_, after) in changes.items():
         if key in SHAPE_KEYS:
             why[key] = "the checkpoint's tensors have other shapes"
+        elif key == "model.quantize":
+            why[key] = "int8 weights are for answers alone" if saved.model.quantize else "the checkpoint's weights are not quantized"
         elif key == "model.num_attention_heads":
             why[key] = "the weights would be cut into other heads"
         elif key in TURNED_ON and after == TURNED_ON[key]:
