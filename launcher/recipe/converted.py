@@ -60,6 +60,19 @@ def model_of(recipe: Recipe) -> Model:
     return Model.of(vars(recipe.model), f"recipe {recipe.run.name}", vocab_size=recipe.derived.vocab_size)
 
 
+def open_checkpoint(loaded: Loaded, found: Found, base: Recipe | None, fused_layout: str | None) -> Source:
+    """A checkpoint, with what the named recipe and the options of `yuan convert` say of it.
+
+    Raises:
+        CheckpointError: it is damaged, or something is not said that nobody should guess.
+    """
+    from checkpoints.convert import open_source
+
+    asked = loaded.recipe.convert
+    hf_config = Path(asked.hf_config) if asked.hf_config else None
+    return open_source(found, source_model(loaded, base, found), asked.vocab_size, fused_layout, hf_config)  # type: ignore[arg-type]
+
+
 def source_model(loaded: Loaded, base: Recipe | None, found: Found) -> Model | None:
     """What the source is a model of, where a recipe says it: that of the run which it is of; for MindSpore's files, which
     say nothing but shapes, the named one, with all rows of the vocabulary where its tokenizer is not there."""

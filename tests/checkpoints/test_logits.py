@@ -1,0 +1,114 @@
+"""Imported models answer as `transformers` does, at every layout, and come back bit for bit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.checkpoints import published
+from tests.checkpoints.published import LAYOUTS, VARIANTS
+
+RANK_FILES = ("gpt2", "llama_grouped_tied", "llama2")  # such that are converted into a file per rank too
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+def convert(*words: object) -> str:
+    """`yuan convert` in this process; what it said."""
+    from launcher.cli import app
+
+    done = CliRunner().invoke(app, ["convert", *map(str, words)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """hf/NAME, ours/NAME converted from it, reference logits, and what the ranks of every layout found."""
+    folder = tmp_path_factory.mktemp("logits")
+    (folder / "ours").mkdir()
+    ids = torch.randint(0, published.VOCABULARY, (48,), generator=torch.Generator().manual_seed(1))
+    torch.save(ids, folder / "ours" / "ids.pt")
+    references = {}
+    for name in published.NAMES:
+        model = published.make(folder / "hf", name)
+        with torch.no_grad():
+            references[name] = model(ids[None]).logits[0]
+        convert(folder / "hf" / name, folder / "ours" / name)
+    for name in RANK_FILES:  # stages of 1 and 3 layers
+        convert(folder / "hf" / name, folder / "ours" / "torch" / name, "--to", "torch", "--tp", 2, "--pp", 2, "--layout", "Et|tttL")
+    torch.save(references, folder / "references.pt")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = "import sys; from tests.checkpoints.ranks import main; main(sys.argv[1])"
+    with open(folder / "log", "w") as log:
+        done = subprocess.run([sys.executable, "-c", run, folder / "ours"], stdout=log, stderr=log, env=environment, timeout=300)
+    assert done.returncode == 0, (folder / "log").read_text()[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", published.NAMES)
+def test_logits_are_those_of_transformers_at_every_layout(folder, name):
+    reference = torch.load(folder / "references.pt")[name]
+    assert reference.std() > 0.5  # answers that vary
+    for tp, pp in LAYOUTS:
+        logits = torch.load(folder / "ours" / f"{tp}x{pp}.pt")["logits"][name]
+        assert logits.shape == reference.shape
+        assert (logits - reference).abs().max() < 1e-4, f"TP {tp}, PP {pp}"
+
+
+@pytest.mark.parametrize("name", RANK_FILES)
+def test_logits_of_files_per_rank(folder, name):
+    found = torch.load(folder / "ours" / "2x2.pt")["logits"]
+    assert torch.equal(found[f"torch/{name}"], found[name])
+
+
+@pytest.mark.parametrize("name", RANK_FILES)
+def test_files_per_rank_that_a_training_saved_are_read(folder, tmp_path, name):
+    """Those of TP 2 x PP 2 with stages of 1 and 3 layers; what they hold is what a conversion had written, no more, no less."""
+    said = convert(folder / "ours" / "torch" / f"{name}-run", tmp_path / "back", "--to", "hf")
+    assert "weights alone" in said and "TP 2, PP 2, layers 1, 3" in said
+    first, again = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder / "hf" / name, tmp_path / "back"))
+    assert all(torch.equal(tensor, first[key]) for key, tensor in again.items()) and first.keys() == again.keys()
+    ours, saved = (sorted((folder / "ours" / "torch").glob(f"{one}/**/model_optim_rng.pt")) for one in (name, f"{name}-run"))
+    assert len(ours) == len(saved) == 4
+    for one, other in zip(ours, saved, strict=True):
+        written, trained = (torch.load(path, weights_only=False) for path in (one, other))
+        assert written["model"].keys() == trained["model"].keys()
+        assert all(tensor is None or torch.equal(tensor, trained["model"][key]) for key, tensor in written["model"].items())
+
+
+def test_llama_3_turns_otherwise_than_without_its_scaling(folder):
+    config = transformers.AutoConfig.from_pretrained(folder / "hf" / "llama3")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    plain = transformers.LlamaForCausalLM.from_pretrained(folder / "hf" / "llama3", config=config)
+    with torch.no_grad():
+        logits = plain(torch.load(folder / "ours" / "ids.pt")[None]).logits[0]
+    assert (logits - torch.load(folder / "references.pt")["llama3"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [(name, "converted") for name in published.NAMES] + [(name, "trained at TP 2 x PP 2 and saved") for name in published.SAVED],
+)
+def test_back_again_every_tensor_is_the_same_bit_for_bit(folder, tmp_path, name, way):
+    ours = folder / "ours" / (name if way == "converted" else f"{name}-run")
+    said = convert(ours, tmp_path / "back", "--to", "hf")
+    assert ("the optimizer's" in said) is (way != "converted")
+    assert "rows that pad the vocabulary" in said
+    first = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf" / name).state_dict()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert again.state_dict().keys() == first.keys()
+    for key, tensor in again.state_dict().items():
+        assert tensor.dtype == first[key].dtype and torch.equal(tensor, first[key]), key
+    with torch.no_grad():
+        logits = again(torch.load(folder / "ours" / "ids.pt")[None]).logits[0]
+    assert torch.equal(logits, torch.load(folder / "references.pt")[name])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_description_is_that_of_the_model_that_is_built(folder, variant):
+    found = torch.load(folder / "ours" / "2x1.pt")["parameters"][variant]
+    assert found["described"] == found["built"]
+    assert found["stacked"] == found["sharded"]
