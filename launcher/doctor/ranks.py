@@ -27,6 +27,8 @@ def default_ranks() -> int:
 def findings(ranks: int) -> list[Finding]:
     """Start `ranks` processes; a rank that fails shows its log on stderr, as in a run."""
     recipe = Recipe()
+    recipe.model.attention_dropout = recipe.model.hidden_dropout = 0.0  # today's trainings
+    recipe.training.seq_length, recipe.training.micro_batch_size = 4096, 2
     recipe.launch.nproc_per_node = recipe.derived.world_size = recipe.derived.data_parallel_size = ranks
     recipe.derived.device = resolve_device(recipe.launch)
     recipe.launch.cpu_threads = max(1, cores() // ranks) if recipe.derived.device == "cpu" else None
@@ -48,6 +50,7 @@ def findings(ranks: int) -> list[Finding]:
 def _lines(records: list[dict], device: str) -> list[Finding]:
     first = records[0]
     lines = [Finding(name, f"off: {why}" if why else "on") for name, why in first["fast"].items()]
+    lines.append(Finding("parts", first["parts"]))
     lines.append(Finding("processes", f"{len(records)} x {device}: {', '.join(first['torch'])}"))
     kind = "fp32" if device == "cpu" else "bf16"
     rates = ", ".join(f"rank {one['rank']} {one['gflops']:,.0f}" for one in records)

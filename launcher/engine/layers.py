@@ -1,5 +1,7 @@
 """The layer spec for machines without Transformer Engine: megatron-core's modules, with torch's fused attention and norms."""
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -13,6 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
+
+from launcher.engine.attention import causal_attention_with_dropout
 
 from launcher.engine.quantized import Int8ColumnParallelLinear, Int8RowParallelLinear
 
@@ -37,33 +41,44 @@ class FusedAttention(DotProductAttention):
 
     Takes query [sq, b, heads, d], key and value [sk, b, groups, d], returns [sq, b, heads x d], heads and groups being
     those of this tensor-parallel rank. `attention_mask`, where given, is boolean [b, 1, sq, sk] with True for what is
-    hidden. On a CPU with dropout it is megatron-core's own attention: torch has no fused kernel for that case, and the
-    parent draws its masks as Megatron-LM does.
+    hidden. On a CPU torch has no fused kernel with dropout: without a mask it is this repository's own, with a mask
+    megatron-core's attention.
     """
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         dropout = self.attention_dropout.p if self.training else 0.0
-        if dropout > 0 and query.device.type == "cpu":
+        if dropout > 0 and query.device.type == "cpu" and attention_mask is not None:
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        arguments = {
-            "attn_mask": None if attention_mask is None else ~attention_mask,
-            "is_causal": attention_mask is None,
-            "dropout_p": dropout,
-            "scale": self.softmax_scale,
-            "enable_gqa": query.shape[1] != key.shape[1],
-        }
-        if dropout > 0 and not self.config.sequence_parallel:
-            with get_cuda_rng_tracker().fork():
-                context = scaled_dot_product_attention(query, key, value, **arguments)
-        else:
-            context = scaled_dot_product_attention(query, key, value, **arguments)
+        drawing = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if drawing else nullcontext():
+            context = self._attend(query, key, value, attention_mask, dropout)
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
 
+    def _attend(self, query, key, value, attention_mask, dropout: float) -> torch.Tensor:
+        """[b, heads, sq, d] of query [b, heads, sq, d], key and value [b, groups, sk, d]."""
+        if dropout > 0 and query.device.type == "cpu":
+            repeats = query.shape[1] // key.shape[1]
+            if repeats > 1:
+                key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+            arguments = [x.flatten(0, 1) for x in (query, key, value)]
+            return causal_attention_with_dropout(*arguments, dropout, self.softmax_scale).view(query.shape)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
+            dropout_p=dropout,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
-def layer_spec(int8: bool = False) -> ModuleSpec:
+
+def layer_spec(int8: bool = False, attention_backend: str = "auto") -> ModuleSpec:
     """One transformer layer; with `int8` one that answers with int8 weights. Tensors bear Transformer Engine's names in
     torch_dist checkpoints, whichever spec trains."""
+    core_attention = DotProductAttention if attention_backend == "unfused" else FusedAttention
     columns, rows = (Int8ColumnParallelLinear, Int8RowParallelLinear) if int8 else (ColumnParallelLinear, RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
@@ -73,7 +88,7 @@ def layer_spec(int8: bool = False) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=columns, core_attention=FusedAttention, linear_proj=rows
+                    linear_qkv=columns, core_attention=core_attention, linear_proj=rows
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -49,6 +50,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         attention_softmax_in_fp32=model.attention_softmax_in_fp32,
+        attention_backend=AttnBackend[model.attention_backend],
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(recipe),
@@ -95,7 +97,7 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
     else:
         from launcher.engine.layers import block_spec, layer_spec
 
-        layer = layer_spec(bool(model.quantize))
+        layer = layer_spec(bool(model.quantize), model.attention_backend)
         if model.family == "yuan2":
             from launcher.engine.models import yuan2
 

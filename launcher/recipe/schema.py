@@ -61,6 +61,8 @@ class Model:
     """Dropout on attention probabilities."""
     hidden_dropout: float = 0.1
     """Dropout on the residual branches and the embedding."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """What computes the attention. flash, fused: one kernel that keeps no s x s matrix (Transformer Engine's, else torch's). unfused: matrix products and a softmax. auto: Transformer Engine's choice, else fused."""
     attention_softmax_in_fp32: bool = False
     """Attention's softmax in fp32 under fp16 or bf16."""
     make_vocab_size_divisible_by: int = 128

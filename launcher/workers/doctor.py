@@ -26,7 +26,9 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     rank, device = torch.distributed.get_rank(), recipe.derived.device
     record = {"rank": rank, **_matmul(device), **_all_reduce(device)}
     if rank == 0:
-        record |= {"torch": _torch(device), "fast": _fast_paths(device)}
+        from launcher.engine.parts import parts
+
+        record |= {"torch": _torch(device), "fast": _fast_paths(device), "parts": parts(recipe)}
     (folder.path / f"doctor_{rank}.json").write_text(json.dumps(record), encoding="utf-8")
     finish()
 

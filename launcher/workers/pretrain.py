@@ -21,6 +21,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     import torch
 
     from launcher.engine import checkpoint
+    from launcher.engine.parts import parts
     from launcher.engine.train import Trainer, build
     from launcher.run.progress import Progress
 
@@ -32,6 +33,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     progress = None
     if first:
         progress = Progress(folder, recipe, terminal(), state.iteration)
+        progress.note(f"parts      {parts(recipe, state.optimizer)}")
         progress.note(f"start      {source}")
 
     def save(state) -> None:

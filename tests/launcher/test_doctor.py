@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_broken(monkeypatch, tmp_path):
 
 
 def test_wrong_sums_are_no_matter_of_speed():
-    good = {"rank": 0, "gflops": 1.0, "matmul_right": True, "all_reduce_right": True, "all_reduce_gbs": 1.0, "fast": {}, "torch": []}
+    good = {"rank": 0, "gflops": 1.0, "matmul_right": True, "all_reduce_right": True, "all_reduce_gbs": 1.0, "fast": {}, "parts": "norm: torch LayerNorm", "torch": []}
     lines = {one.name: one for one in ranks._lines([good, good | {"rank": 1, "all_reduce_right": False}], "cpu")}
     assert lines["all-reduce"].broken and lines["all-reduce"].text == "WRONG on rank 1" and not lines["matmul"].broken
 

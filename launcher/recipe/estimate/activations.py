@@ -1,7 +1,7 @@
 """Bytes that one layer keeps for its backward pass, for one micro-batch, on one rank.
 
 What autograd saves in megatron-core's modules as launcher/engine builds them. A GPU fuses the activation function and
-the attention (Transformer Engine or torch); a CPU fuses the attention only where there is no dropout in it.
+the attention (Transformer Engine or torch); a CPU the attention alone, and not where it has dropout and a document mask.
 Reference: Korthikanti et al. 2022 (arXiv 2205.05198), whose sbh(10 + 24/t + 5as/ht) is the case of GPT-2 in 16 bits
 with dropout and unfused attention on a GPU.
 """
@@ -12,6 +12,7 @@ from launcher.recipe.schema import Recipe
 from launcher.recipe.size import widths
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DROPOUT_ROWS = 128  # launcher/engine/attention.py: queries per block
 STATISTIC = 4  # softmax and norms keep theirs in fp32
 
 
@@ -68,11 +69,16 @@ def _attention(recipe: Recipe) -> int:
 
 
 def core_attention(recipe: Recipe) -> int:
-    """What the attention keeps between query, key, value and context: all of it quadratic in s where it is not fused."""
+    """What the attention keeps between query, key, value and context: all of it quadratic in s where it is not fused; on a
+    CPU a fused one with dropout (launcher/engine/attention.py) its mask up to the diagonal, and the context once more."""
     m, t, tp = recipe.model, recipe.training, recipe.parallel.tensor_model_parallel_size
     size = BYTES[t.precision]
     mask = t.seq_length * tokens(recipe) * (1 + size) if recipe.data.reset_attention_mask else 0
     if fused_attention(recipe):
+        if m.attention_dropout and recipe.derived.device == "cpu":
+            repeated = 2 * (widths(recipe).query if m.num_query_groups < m.num_attention_heads else 0)
+            seen = (t.seq_length + min(t.seq_length, DROPOUT_ROWS)) // 2
+            return tokens(recipe) * (m.num_attention_heads * seen + (widths(recipe).query + repeated) * size) // tp
         return tokens(recipe) * m.num_attention_heads * STATISTIC // tp + mask
     probabilities = STATISTIC if m.attention_softmax_in_fp32 else size
     dropout = 2 * size if recipe.derived.device == "cpu" else 1 + size
@@ -82,7 +88,9 @@ def core_attention(recipe: Recipe) -> int:
 
 def fused_attention(recipe: Recipe) -> bool:
     """Whether the attention is one kernel that writes no s x s matrix (launcher/engine/layers.py)."""
-    return recipe.derived.device == "cuda" or not recipe.model.attention_dropout
+    if recipe.model.attention_backend == "unfused":
+        return False
+    return recipe.derived.device == "cuda" or not (recipe.model.attention_dropout and recipe.data.reset_attention_mask)
 
 
 def scores(recipe: Recipe) -> int:

@@ -71,7 +71,7 @@ def _arithmetic(recipe: Recipe) -> str:
 
 
 def _assumed(recipe: Recipe) -> str:
-    text = f"memory within {BAND:.0%}; " + ("" if fused_attention(recipe) else "attention with dropout is not fused on a CPU; ")
+    text = f"memory within {BAND:.0%}; " + ("" if fused_attention(recipe) else "the attention is not fused; ")
     if recipe.derived.device == "cpu":
         return text + "the fullest moment of a step and of a checkpoint"
     text += "fused attention; base: CUDA's context, cuBLAS, NCCL"

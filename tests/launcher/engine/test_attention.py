@@ -1,0 +1,42 @@
+"""Attention with dropout on a CPU, block by block: its values, its gradients, its share of zeros."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from launcher.engine import attention
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", 5)  # three whole blocks and a part of one
+
+
+def inputs() -> list[torch.Tensor]:
+    """Query, key and value as a projection leaves them, one tensor's columns: [heads, s, d] that are not contiguous."""
+    torch.manual_seed(0)
+    together = torch.randn(17, 3, 24, dtype=torch.double, requires_grad=True)
+    return [x.permute(1, 0, 2) for x in together.split(8, -1)]
+
+
+def test_without_dropout_it_is_torchs():
+    query, key, value = inputs()
+    ours = attention.causal_attention_with_dropout(query, key, value, 0.0, 0.35)
+    torch.testing.assert_close(ours, scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.35))
+
+
+def test_its_gradients_are_those_of_finite_differences():
+    def drawn_alike(*tensors):
+        torch.manual_seed(1)
+        return attention.causal_attention_with_dropout(*tensors, 0.3, 0.35)
+
+    assert torch.autograd.gradcheck(drawn_alike, [x.detach().requires_grad_() for x in inputs()])
+
+
+def test_it_drops_that_share_and_keeps_the_mean():
+    torch.manual_seed(2)
+    query, key = torch.zeros(2, 400, 50, 4)  # every key alike to every query
+    value = torch.ones(400, 50, 4)
+    context = attention.causal_attention_with_dropout(query, key, value, 0.25, 1.0)[:, :, 0]
+    assert (context[:, 0] == 0).double().mean() == pytest.approx(0.25, abs=0.08)  # it sees itself alone
+    assert context[:, 25:].mean() == pytest.approx(1.0, abs=0.01)
