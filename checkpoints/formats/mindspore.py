@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from checkpoints.files import mindspore as file
 from checkpoints.folder import MANIFEST, CheckpointError
 from checkpoints.formats.base import Readable, Source, Target
 from checkpoints.formats.hf import TOKENIZER_FILES, model_of, read_config, write_json
+from checkpoints.formats.rank_files import Shares
 from checkpoints.models import mindformers
-from checkpoints.models.layout import Foreign
 from checkpoints.models.mindformers import Cut, Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
@@ -33,40 +33,6 @@ _TABLES = (_TABLE, "lm_head.weight")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shares:
-    """A tensor that ranks share out along `axis`; where `axis` is None each holds all of it."""
-
-    name: str
-    axis: int | None
-    ranks: tuple[Readable, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes = list(self.ranks[0].shape)
-        if self.axis is not None and len(sizes) > self.axis:
-            sizes[self.axis] = sum(rank.shape[self.axis] for rank in self.ranks)
-        return tuple(sizes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.ranks[0].dtype
-
-    def read(self) -> torch.Tensor:
-        """The whole.
-
-        Raises:
-            CheckpointError: ranks that should each hold all of it differ.
-        """
-        first = self.ranks[0].read()
-        if self.axis is not None and len(self.ranks) > 1:
-            return torch.cat([first, *(rank.read() for rank in self.ranks[1:])], self.axis)
-        for number, rank in enumerate(self.ranks[1:], 1):
-            if not torch.equal(rank.read(), first):
-                raise CheckpointError(f"{self.name} should be the same on every rank, and the first's and number {number}'s differ")
-        return first
 
 
 def read_ranks(folder: Path) -> list[dict[str, file.Pieces]]:
@@ -172,7 +138,7 @@ def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict
     for name, one in stage[0].items():
         shares = tuple(rank[name] for rank in stage)
         same = name in _TABLES and all(torch.equal(share.read()[:1], one.read()[:1]) for share in shares)
-        found[name] = Shares(name, None if same else axes.get(name), shares)
+        found[name] = Shares(Tensor(name, one.shape, None if same else axes.get(name)), shares)
     return found
 
 

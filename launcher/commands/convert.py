@@ -12,11 +12,12 @@ import typer
 
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import Found, recognise
+from launcher.commands.convert_verify import compare
 from launcher.errors import UserError
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
-from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, own_recipe, recipe_for, source_fused, source_model
+from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, open_checkpoint, own_recipe, recipe_for, source_fused
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.pipeline import layers_of_stages
 from launcher.recipe.schema import Recipe
@@ -34,6 +35,7 @@ _FUSED_HELP = "MindSpore: query, key and value separate, or in one matrix: conca
 _SOURCE_FUSED_HELP = "The same of the source, where it is another than the target's."
 _LAYOUT_HELP = "Explicit pipeline stages, in Megatron's notation: 'Et*3|t*3L'."
 _QUANTIZE_HELP = "int8: the layers' matrices as whole numbers with a scale for each output, for answers alone."
+_VERIFY_HELP = "Write nothing: compare two checkpoints, of any formats and layouts, tensor by tensor. Exit code 1 where they differ."
 _VOCABULARY_HELP = "Ids of the vocabulary, for a source that says only what it was padded to."
 
 
@@ -53,12 +55,15 @@ def convert(
     quantize: Annotated[Optional[str], typer.Option("--quantize", help=_QUANTIZE_HELP)] = None,
     hf_config: Annotated[Optional[str], typer.Option("--hf-config", help=_HF_HELP)] = None,
     vocab_size: Annotated[Optional[int], typer.Option("--vocab-size", help=_VOCABULARY_HELP)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help=_VERIFY_HELP)] = False,
     allow_nan: Annotated[Optional[bool], typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")] = None,
 ) -> None:
     """Write a checkpoint in another format, tensor by tensor: no model is built, no GPU is needed.
 
     SRC may be a Hugging Face folder, a run, or a checkpoint folder. DST gets its name when it is whole, read back and found
     to hold what SRC holds; beside the weights lies conversion.json, which says what became of every tensor.
+
+    yuan convert A B --verify compares two checkpoints, whatever their formats and layouts.
     """
     places = [word for word in words or [] if "=" not in word]
     if len(places) not in (0, 2):
@@ -83,6 +88,11 @@ def convert(
         "convert.allow_nan": (allow_nan, "--allow-nan"),
     }
     loaded = load_recipe([word for word in words or [] if "=" in word], options, default="", checked=True)
+    try:
+        if verify:
+            raise typer.Exit(compare(loaded))
+    except CheckpointError as error:
+        raise UserError(str(error), "", "") from error
     for warning in ensure(loaded, "convert"):
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
     try:
@@ -101,8 +111,7 @@ def _run(loaded: Loaded) -> None:
     from checkpoints import convert as conversion  # torch takes 3 s to import
     from checkpoints.quantize import Quantized
 
-    hf_config = Path(asked.hf_config) if asked.hf_config else None
-    source = conversion.open_source(found, source_model(loaded, base, found), asked.vocab_size, source_fused(asked), hf_config)
+    source = open_checkpoint(loaded, found, base, source_fused(asked))
     agree(loaded, source.model)
     tokenizer = find_tokenizer(loaded, source, base)
     if asked.quantize:
@@ -113,7 +122,7 @@ def _run(loaded: Loaded) -> None:
     if tokenizer.why:
         typer.echo(f"warning: no tokenizer goes with the weights ({tokenizer.why}): ids alone will do as text", err=True)
     wanted = conversion.Wanted(
-        to=asked.to, dtype=asked.dtype, hf_config=hf_config, config=_config(tokenizer), allow_nan=asked.allow_nan,
+        to=asked.to, dtype=asked.dtype, hf_config=Path(asked.hf_config) if asked.hf_config else None, config=_config(tokenizer), allow_nan=asked.allow_nan,
         tensor=asked.tensor_model_parallel_size, pipeline=asked.pipeline_model_parallel_size,
         stages=layers_of_stages(asked.pipeline_model_parallel_layout), transformer_impl=asked.transformer_impl, pai_release=asked.pai_release,
         fused_layout=asked.fused_layout,

@@ -1,0 +1,89 @@
+"""Two checkpoints, of any formats and layouts, tensor by tensor: what is the same and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Literal
+
+import torch
+
+from checkpoints.files.stored import NAMES
+from checkpoints.formats.base import Source
+from checkpoints.formats.rank_files import raw_equal
+from checkpoints.models.gpt import SCALE
+
+FREE = ("init_method_std", "attention_dropout", "hidden_dropout", "quantize")  # of no meaning for what a model answers, or told by tensors
+_BLOCK = 4 << 20  # numbers that are compared at a time
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One tensor of both.
+
+    Attributes:
+        kind: same, bit for bit; rounded, the one being the other in fewer bits; different; missing in one.
+        what: of what is not the same, in words.
+    """
+
+    name: str
+    kind: Literal["same", "rounded", "different", "missing"]
+    what: str = ""
+
+
+def models(first: Source, second: Source) -> dict[str, tuple[object, object]]:
+    """What the two say differently of the model that they are, by name."""
+    ours, theirs = vars(first.model), vars(second.model)
+    return {key: (ours[key], theirs[key]) for key in ours if key not in FREE and ours[key] != theirs[key]}
+
+
+def compare(first: Source, second: Source, progress: Callable[[int], None] = lambda count: None) -> Iterator[Compared]:
+    """Every tensor of either, in the first's order; `progress` is told the bytes that were read of the first.
+
+    Of int8 weights beside others the numbers that they stand for are compared; a layer's scales are part of its weight.
+    """
+    ours, theirs = ({tensor.name: tensor for tensor in source.tensors} for source in (first, second))
+    for name in dict.fromkeys([*ours, *theirs]):
+        if name.endswith(SCALE) and not (name in ours and name in theirs):
+            continue
+        if name not in ours or name not in theirs:
+            yield Compared(name, "missing", f"only in {(first if name in ours else second).path}")
+        elif ours[name].shape != theirs[name].shape:
+            yield Compared(name, "different", f"{list(ours[name].shape)} and {list(theirs[name].shape)}")
+        else:
+            types = " and ".join(dict.fromkeys(NAMES.get(source.dtype(name), str(source.dtype(name))) for source in (first, second)))
+            yield _compared(name, _read(first, name, second), _read(second, name, first), types)
+        if name in ours:
+            progress(torch.Size(ours[name].shape).numel() * first.dtype(name).itemsize)
+
+
+def _read(source: Source, name: str, other: Source) -> torch.Tensor:
+    """A tensor; of int8, where the other's is not, what it stands for, in fp32."""
+    whole = source.read(name)
+    if whole.dtype != torch.int8 or other.dtype(name) == torch.int8:
+        return whole
+    return whole.float().mul_(source.read(name.removesuffix("weight") + SCALE).float()[:, None])
+
+
+def _compared(name: str, one: torch.Tensor, other: torch.Tensor, types: str) -> Compared:
+    if one.dtype == other.dtype and raw_equal(one, other):
+        return Compared(name, "same")
+    if one.dtype != other.dtype and (raw_equal(one.to(other.dtype), other) or raw_equal(one, other.to(one.dtype))):
+        return Compared(name, "rounded", types)
+    return Compared(name, "different", f"{types}: {_distance(one, other)}")
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> str:
+    """How many numbers differ, by how much at most, and the whole's relative distance."""
+    count, largest, wrong, size = 0, 0.0, 0.0, 0.0
+    for a, b in zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True):
+        a, b = a.double(), b.double()
+        apart = (a - b).abs()
+        same = (a == b) | (a.isnan() & b.isnan())
+        count += int((~same).sum())
+        apart = torch.where(same, 0.0, apart.nan_to_num(inf, inf, inf))
+        largest = max(largest, apart.max().item())
+        wrong, size = wrong + apart.square().sum().item(), size + a.square().sum().item()
+    relative = f", {100 * sqrt(wrong / size):.3g} % of its length" if 0 < size < inf and wrong < inf else ""
+    return f"{count:,} of {one.numel():,} numbers differ, by up to {largest:.3g}{relative}"

@@ -1,0 +1,47 @@
+"""`yuan convert A B --verify`: two checkpoints, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from checkpoints.recognise import recognise
+from launcher.errors import UserError, raise_all
+from launcher.recipe import Loaded
+from launcher.recipe.converted import open_checkpoint, own_recipe, source_fused
+
+_SHOWN = 20  # differences, of thousands there may be
+
+
+def compare(loaded: Loaded) -> int:
+    """Compare the recipe's convert.source with its convert.target, and say what differs. Returns the exit code.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        UserError: one is not given, or values are no good.
+    """
+    asked = loaded.recipe.convert
+    raise_all(loaded.faults)
+    if not asked.source or not asked.target:
+        raise UserError("two checkpoints are wanted", "command line", "yuan convert A B --verify")
+    places = [recognise(Path(path)) for path in (asked.source, asked.target)]
+    from checkpoints import verify  # torch takes 3 s to import
+
+    fused = (source_fused(asked), asked.fused_layout)
+    first, second = (open_checkpoint(loaded, found, own_recipe(found.path), how) for found, how in zip(places, fused, strict=True))
+    typer.echo(f"first      {first.path}: {first.format}, {first.model}\nsecond     {second.path}: {second.format}, {second.model}")
+    said = verify.models(first, second)
+    for key, (ours, theirs) in said.items():
+        typer.echo(f"differs    {key}: {ours} and {theirs}")
+    counts = {"same": 0, "rounded": 0, "different": 0, "missing": 0}
+    for one in verify.compare(first, second):
+        counts[one.kind] += 1
+        if one.kind in ("different", "missing") and counts["different"] + counts["missing"] <= _SHOWN:
+            typer.echo(f"differs    {one.name}: {one.what}")
+    wrong = counts["different"] + counts["missing"]
+    if wrong > _SHOWN:
+        typer.echo(f"           and {wrong - _SHOWN:,} more")
+    alike = [f"{counts['same']:,} the same bit for bit"] + ([f"{counts['rounded']:,} but for rounding"] if counts["rounded"] else [])
+    typer.echo(f"tensors    {sum(counts.values()):,}: {', '.join([*alike, f'{wrong:,} differ'])}")
+    return 1 if wrong or said else 0
