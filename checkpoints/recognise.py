@@ -59,6 +59,8 @@ def _grid(folder: Path) -> tuple[int, int]:
     """TP and PP of a folder of mp_rank_TT[_PPP], each of which must hold its weights."""
     ranks = [match for one in folder.iterdir() if (match := RANK.fullmatch(one.name))]
     tensor, pipeline = (1 + max(int(match[group] or 0) for match in ranks) for group in (1, 2))
+    if any(match[2] for match in ranks):
+        pipeline = max(pipeline, 2)  # of one stage alone none would be named
     names = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "") for p in range(pipeline) for t in range(tensor)]
     missing = [name for name in names if not any((folder / name / file).is_file() for file in RANK_FILES)]
     if missing:
