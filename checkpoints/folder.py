@@ -2,6 +2,7 @@
 
     checkpoints/
       latest_checkpointed_iteration.txt     the digits of the newest whole one
+      best_checkpointed_iteration.txt       those of the best one, in a fine-tuning that keeps it
       iter_0001000/                         a whole checkpoint
       iter_0002000.part/                    one that is being written, or whose writer died
 
@@ -15,6 +16,7 @@ import shutil
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"  # ours, of the same form
 MANIFEST = "conversion.json"  # what a conversion writes beside the weights
 RELEASE = "release"  # Megatron-LM's name for weights that no training of this folder made
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -22,6 +24,10 @@ _NAME = re.compile(r"iter_(\d{7,})")
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or cannot be used; the message names the path and what is wrong with it."""
+
+
+class UnsaidError(CheckpointError):
+    """Nothing is wrong with a checkpoint, but its files do not say something that nobody should guess."""
 
 
 def name_of(iteration: int) -> str:
@@ -101,18 +107,28 @@ def commit(part: Path) -> Path:
         shutil.rmtree(checkpoint)
     part.rename(checkpoint)
     _flush(checkpoint.parent)
-    tracker = checkpoint.parent / TRACKER
-    beside = tracker.with_name(TRACKER + ".part")
-    beside.write_text(str(iteration_of(checkpoint)), encoding="utf-8")
-    _flush(beside)
-    beside.replace(tracker)
+    _track(checkpoint.parent / TRACKER, iteration_of(checkpoint))
     return checkpoint
 
 
+def mark_best(folder: Path, iteration: int) -> None:
+    """Say which whole checkpoint is the best one."""
+    _track(folder / BEST, iteration)
+
+
+def _track(tracker: Path, iteration: int) -> None:
+    beside = tracker.with_name(tracker.name + ".part")
+    beside.write_text(str(iteration), encoding="utf-8")
+    _flush(beside)
+    beside.replace(tracker)
+
+
 def keep_last(folder: Path, count: int) -> list[Path]:
-    """Remove all but the `count` newest whole checkpoints; never the one that the tracker names. Returns what went."""
-    kept = newest_checkpoint(folder)
-    gone = [path for path in whole_checkpoints(folder)[: -max(count, 1)] if path != kept]
+    """Remove all but the `count` newest whole checkpoints; never the one that the tracker names, nor the best. Returns what
+    went."""
+    best = folder / BEST
+    kept = {newest_checkpoint(folder), folder / name_of(int(best.read_text(encoding="utf-8"))) if best.is_file() else None}
+    gone = [path for path in whole_checkpoints(folder)[: -max(count, 1)] if path not in kept]
     for path in gone:
         # Renamed first, so that a reader never meets a checkpoint that is half removed.
         dying = path.rename(path.with_name(path.name + ".part"))

@@ -51,14 +51,29 @@ def conversation(row: Any) -> Conversation:
         turns = _yuan(row)
     elif not isinstance(row, Mapping):
         raise BadLine(f"not an object but {_shown(row)}", _EXAMPLE)
-    elif "messages" in row:
-        turns = _messages(row["messages"], "messages", "role", "content")
-    elif "conversations" in row:
-        turns = _messages(row["conversations"], "conversations", "from", "value")
     else:
-        turns = _question_and_answer(row)
+        turns = _listed(row) or _question_and_answer(row)
     _check(turns)
     return turns
+
+
+def question(record: Any) -> Conversation:
+    """The turns of a record that asks: the forms of a row without their answer, or a prompt under `text`.
+
+    Raises:
+        BadLine: none of the forms, or the last message is an answer already.
+    """
+    if not isinstance(record, Mapping):
+        raise BadLine(f"not an object but {_shown(record)}", 'such as {"query": "..."}')
+    if turns := _listed(record):
+        if turns[-1].role != "user":
+            raise BadLine("the last message is no question", "end the conversation with the user's message")
+        _check((*turns, Turn("assistant", "answered")))
+        return turns
+    asked = {key: value for key, value in record.items() if key not in ANSWER_KEYS}
+    if not any(key in asked for key in QUESTION_KEYS) and "text" in asked:
+        asked["prompt"] = asked.pop("text")
+    return _question_and_answer({**asked, "output": "answered"})[:-1]
 
 
 def _yuan(line: str) -> Conversation:
@@ -67,6 +82,14 @@ def _yuan(line: str) -> Conversation:
         what = "no <sep> between question and answer" if len(parts) == 1 else f"{len(parts) - 1} times <sep>, and one stands before the answer"
         raise BadLine(f"{what}: {_shown(line)}", "question<sep>answer on each line")
     return Turn("user", parts[0]), Turn("assistant", parts[1])
+
+
+def _listed(row: Mapping[str, Any]) -> Conversation | None:
+    """The turns of a list of messages; None where the row has none."""
+    for key, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if key in row:
+            return _messages(row[key], key, role_key, text_key)
+    return None
 
 
 def _messages(messages: Any, key: str, role_key: str, text_key: str) -> Conversation:

@@ -141,7 +141,7 @@ class BlockEncoder:
             outputs = [stack.enter_context(open(files.tokens(i), "wb")) for i in range(len(self.keys))]
             for columns in self._batches(block, lines, part):
                 for i, column in enumerate(columns):
-                    column.tokens.tofile(outputs[i])
+                    outputs[i].write(memoryview(column.tokens))  # numpy's tofile does not say why a write fails
                     sizes[i][0].append(column.sequences)
                     sizes[i][1].append(column.lengths)
                     largest = int(column.tokens.max()) if len(column.tokens) else -1

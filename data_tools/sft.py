@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from data_tools.conversations import conversation
 from data_tools.encode import BlockEncoder, Column, Counts, Part
 from data_tools.errors import IndexedError
-from data_tools.indexed import IndexedReader, token_dtype
+from data_tools.indexed import IndexedReader, idx_path, token_dtype
 from data_tools.preprocess import dataset_prefix, encode_files
 from data_tools.records import BadLine
 from data_tools.rows import parse_row
@@ -111,9 +111,8 @@ def _hashes(tokenizer: Tokenizer) -> list[str]:
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer.companions]
 
 
-@dataclass
 class Rows:
-    """Prepared rows, memory-mapped.
+    """Prepared rows of one or several files, one after another, memory-mapped.
 
     Attributes:
         lengths: int32[rows], tokens of each.
@@ -122,29 +121,45 @@ class Rows:
         IndexedError: a pair is missing or torn, or they do not go together.
     """
 
-    prefix: Path
-    lengths: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._tokens, self._mask = (IndexedReader(dataset_prefix(self.prefix, key)) for key in KEYS)
-        if not np.array_equal(self._tokens.lengths, self._mask.lengths):
-            raise IndexedError("its masks have other lengths than its tokens", str(self.prefix), "remove both, and prepare the rows again")
-        self.lengths = self._tokens.lengths
+    def __init__(self, *prefixes: str | Path):
+        self._files = [_Pair(prefix) for prefix in prefixes]
+        self._starts = np.cumsum([0, *(len(file.tokens.lengths) for file in self._files)])
+        self.lengths = np.concatenate([file.tokens.lengths for file in self._files])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def row(self, number: int) -> Rendered:
         """Tokens int32[n] and mask bool[n]; views into the files where their types allow it."""
-        return Rendered(self._tokens.get(number).astype(np.int32, copy=False), self._mask.get(number).view(bool))
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._files[file].row(number - int(self._starts[file]))
 
     def trained(self, until: int) -> np.ndarray:
         """int64[rows]: trained tokens among the first `until` of each row, without its very first, which nothing predicts."""
-        found = np.empty(len(self), dtype=np.int64)
-        for first in range(0, len(self), _ROWS):
-            rows = slice(first, min(first + _ROWS, len(self)))
-            total = np.concatenate([[0], np.cumsum(self._mask.run(rows.start, rows.stop), dtype=np.int64)])
-            starts = self._mask.offsets[rows] - self._mask.offsets[first]
-            ends = starts + np.minimum(self.lengths[rows], until)
+        return np.concatenate([file.trained(until) for file in self._files])
+
+
+class _Pair:
+    def __init__(self, prefix: str | Path):
+        self.tokens, self.mask = (IndexedReader(dataset_prefix(prefix, key)) for key in KEYS)
+        if not np.array_equal(self.tokens.lengths, self.mask.lengths):
+            raise IndexedError("its masks have other lengths than its tokens", str(prefix), "remove both, and prepare the rows again")
+
+    def row(self, number: int) -> Rendered:
+        return Rendered(self.tokens.get(number).astype(np.int32, copy=False), self.mask.get(number).view(bool))
+
+    def trained(self, until: int) -> np.ndarray:
+        lengths, offsets = self.mask.lengths, self.mask.offsets
+        found = np.empty(len(lengths), dtype=np.int64)
+        for first in range(0, len(lengths), _ROWS):
+            rows = slice(first, min(first + _ROWS, len(lengths)))
+            total = np.concatenate([[0], np.cumsum(self.mask.run(rows.start, rows.stop), dtype=np.int64)])
+            starts = offsets[rows] - offsets[first]
+            ends = starts + np.minimum(lengths[rows], until)
             found[rows] = total[ends] - total[np.minimum(starts + 1, ends)]
         return found
+
+
+def is_prepared(prefix: str | Path) -> bool:
+    """Whether both pairs are there: each appears when it is whole."""
+    return all(idx_path(dataset_prefix(prefix, key)).is_file() for key in KEYS)

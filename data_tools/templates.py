@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -80,6 +81,12 @@ class Template(ABC):
             joint = joint if joint[: len(ids)] == ids else ids + self.tokenizer.encode_plain(more)
             yield from ((token, is_answer) for token in joint[len(ids) :])
             text, ids = text + more, joint
+
+    @cached_property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        rendered = self.render((Turn("user", "q"), Turn("assistant", "a")))
+        return int(rendered.ids[rendered.trained][-1])
 
     def prompt(self, turns: Conversation) -> list[int]:
         """Ids up to where the model answers the last turn, which is a user's."""
@@ -213,5 +220,5 @@ def build_template(name: str, tokenizer: Tokenizer) -> Template:
 
         return JinjaTemplate(tokenizer)
     template = TEMPLATES[name](tokenizer)
-    template.render((Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a")))  # whatever special tokens it needs
+    list(template.pieces((Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))))  # asks for its special tokens
     return template

@@ -12,6 +12,7 @@ import typer
 
 from launcher.commands.data import build_index
 from launcher.commands.data_inspect import plural
+from launcher.commands.rows import describe, prepare_rows
 from launcher.commands.tokenizer import (
     MergeFile,
     PlainSpecialTokens,
@@ -27,6 +28,7 @@ from launcher.errors import UserError
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
 from launcher.recipe.check_data import parse_shard
+from launcher.recipe.problem import typed
 from launcher.recipe.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
@@ -91,7 +93,11 @@ def preprocess(
     for flag, value in (("--dataset-impl", dataset_impl), ("--chunk-size", chunk_size), ("--log-interval", log_interval)):
         if value is not None:
             typer.echo(f"note: {flag} {value} has no effect here (Megatron-LM dropped it, or the progress line replaces it)", err=True)
-    _run(load(pairs, options, default="preprocess"))
+    loaded = load(pairs, options, default="preprocess")
+    if loaded.recipe.data.train is not None and not typed(loaded.sources["preprocess.input"]):
+        _prepare_rows(loaded)
+    else:
+        _run(loaded)
 
 
 def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple[list[str], list[str] | None]:
@@ -100,6 +106,14 @@ def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple
         return words, None
     keys = [key for given in json_keys for key in given.split(",") if key]
     return [word for word in words if "=" in word], keys + [word for word in words if "=" not in word]
+
+
+def _prepare_rows(loaded: Loaded) -> None:
+    """The rows of a recipe for fine-tuning, which its training then finds."""
+    ensure(loaded, "rows")
+    prepare_rows(loaded)
+    typer.echo("\n".join(describe(loaded.recipe)))
+    typer.echo(f"next       yuan sft recipe={loaded.name}")
 
 
 def _run(loaded: Loaded) -> None:
@@ -128,7 +142,7 @@ def _run(loaded: Loaded) -> None:
 
     started = time.monotonic()
     try:
-        with _Meter(size) as meter:
+        with Meter(size) as meter:
             counts = preprocess(
                 asked.input,
                 asked.output_prefix,
@@ -195,7 +209,7 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-class _Meter:
+class Meter:
     """Rates and time left on stderr: a bar on a terminal, elsewhere a line every 10 seconds."""
 
     def __init__(self, total_bytes: int):
@@ -224,7 +238,7 @@ class _Meter:
             total = self._bar.tasks[0].total or read
             print(f"{100 * read / total:.0f} %, {rates}, {seconds / read * (total - read):.0f} s left", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Meter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,10 +15,11 @@ from launcher.errors import UserError
 from launcher.launch.dry_run import dry_run as show_launch
 from launcher.launch.slurm import submit
 from launcher.launch.torchrun import STOPPED, launch
-from launcher.recipe import load
+from launcher.recipe import Loaded, load
 from launcher.recipe.check import ensure
 from launcher.recipe.check_run import complete
 from launcher.recipe.frozen import read_frozen
+from launcher.recipe.problem import Problem
 from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.sample_index import described
 from launcher.recipe.schema import Recipe
@@ -35,20 +36,30 @@ def pretrain(
 ) -> None:
     """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run."""
     loaded = load(words or [], checked=True)
-    for warning in ensure(loaded, "pretrain", launching=not dry_run, accept_changes=accept_changes):
+    warn(ensure(loaded, "pretrain", launching=not dry_run, accept_changes=accept_changes))
+    train(loaded, "pretrain", accept_changes, dry_run)
+
+
+def warn(warnings: list[Problem]) -> None:
+    """Tell what is odd, a line each."""
+    for warning in warnings:
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
+
+
+def train(loaded: Loaded, verb: str, accept_changes: bool, dry_run: bool) -> None:
+    """Run a checked recipe in its run folder; ends the process with the run's exit code."""
     keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))
     typer.echo(plan(loaded.recipe), err=True)
     if dry_run:
-        typer.echo(show_launch(loaded, RunFolder(loaded.recipe.run.dir), WORKER, "pretrain"))
+        typer.echo(show_launch(loaded, RunFolder(loaded.recipe.run.dir), WORKER, verb))
         return
     folder = open_run(loaded.recipe, loaded.sources, ["yuan", *sys.argv[1:]], accept_changes)
     if _say_what_is_there(folder, loaded.recipe) and not loaded.recipe.training.eval_iters:
         return
     if loaded.recipe.launch.kind == "slurm":
-        typer.echo(submit(loaded, folder, "pretrain"), err=True)
+        typer.echo(submit(loaded, folder, verb), err=True)
         return
-    code = launch(loaded.recipe, folder, WORKER, "pretrain")
+    code = launch(loaded.recipe, folder, WORKER, verb)
     if code == STOPPED and _complete(folder, loaded.recipe):  # by a signal that came after the last step
         code = 0
     if code == 0 and _complete(folder, loaded.recipe):
@@ -62,6 +73,7 @@ def plan(recipe: Recipe) -> str:
     layout = f"{derived.world_size} x {derived.device}: TP {parallel.tensor_model_parallel_size}"
     layout += f", PP {parallel.pipeline_model_parallel_size}, DP {derived.data_parallel_size}"
     steps = f"{derived.train_iters:,} steps, " if derived.train_iters else ""
+    steps = f"{training.epochs} epochs, {steps}" if training.epochs else steps
     batch = f"{training.global_batch_size} samples of {training.seq_length} tokens"
     batch += f" ({derived.num_microbatches} micro-batches of {training.micro_batch_size} per rank)"
     index = described(recipe)
@@ -72,10 +84,17 @@ def plan(recipe: Recipe) -> str:
             f" vocabulary {derived.vocab_size}, {parameters(recipe) / 1e6:,.1f} M parameters",
             f"processes  {layout}, {training.precision}",
             f"batch      {batch}",
-            f"training   {steps}{derived.train_samples:,} samples, {derived.train_samples * training.seq_length:,} tokens",
+            f"training   {steps}{_samples(recipe)}",
             *([f"index      {index}"] if index else []),
         ]
     )
+
+
+def _samples(recipe: Recipe) -> str:
+    samples = recipe.derived.train_samples
+    if samples is None:  # of rows that are not prepared yet
+        return "as many samples as the rows fill"
+    return f"{samples:,} samples, {samples * recipe.training.seq_length:,} tokens"
 
 
 def _trained_padding(recipe: Recipe) -> int | None:

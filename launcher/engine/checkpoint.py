@@ -19,7 +19,7 @@ from checkpoints import folder as folders
 from checkpoints.folder import CheckpointError
 from launcher.engine import optimizer_state
 from launcher.engine.model import unwrap
-from launcher.engine.train import Pending, TrainState
+from launcher.engine.train import Best, Pending, TrainState
 from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
@@ -36,8 +36,9 @@ METADATA = {
 }
 
 
-def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path) -> Path:
-    """Write the state into `folder` (a run's `checkpoints/`); whole or not at all. Every rank calls it.
+def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path, best: bool = False) -> Path:
+    """Write the state into `folder` (a run's `checkpoints/`); whole or not at all. Every rank calls it. `best`: it is kept as the
+    best one, until the next is.
 
     `tokenizer` is the run's own copy of the tokenizer's files. Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
     """
@@ -56,6 +57,8 @@ def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path) -> Pa
         write_frozen(recipe, part / "recipe.yaml")
         shutil.copytree(tokenizer, part / "tokenizer")
         folders.commit(part)
+        if best:
+            folders.mark_best(folder, state.iteration)
         if recipe.checkpoint.keep_last:
             folders.keep_last(folder, recipe.checkpoint.keep_last)
     torch.distributed.barrier()
@@ -86,6 +89,7 @@ def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> N
         state.iteration = loaded["iteration"]
         state.consumed_train_samples = loaded["args"].consumed_train_samples
         state.pending = Pending(**loaded.get("pending", {}))
+        state.best = Best(**loaded.get("best", {}))
 
 
 def load_weights(recipe: Recipe, chunks: list, checkpoint: Path) -> None:
@@ -139,6 +143,7 @@ def _common(recipe: Recipe, state: TrainState) -> dict:
         "iteration": state.iteration,
         "opt_param_scheduler": state.scheduler.state_dict() if state.scheduler else None,
         "pending": asdict(state.pending),
+        "best": asdict(state.best),
     }
 
 

@@ -15,6 +15,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset
 
+from launcher.engine.rows import build_row_sets
 from launcher.errors import UserError
 from launcher.recipe.sample_index import cache_folder, is_whole, note_path, sample_counts, words, write_note
 from launcher.recipe.schema import Recipe
@@ -40,7 +41,10 @@ class SequentialBatches:
 
 def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """The three sets; None where this rank reads no data or a set has no share. Rank 0 builds the sample index first,
-    where `yuan data index` has not."""
+    where `yuan data index` has not. Of fine-tuning's rows there is no test set, and every rank knows how many there are."""
+    if recipe.data.train is not None:
+        train, valid = build_row_sets(recipe)
+        return (train, valid, None) if reads_data(recipe) else (None, None, None)
     if torch.distributed.get_rank() == 0:
         build_index(recipe)
     return _builder(recipe, cache_folder(recipe), lambda: reads_data(recipe)).build()
@@ -155,15 +159,25 @@ def next_batch(recipe: Recipe, batches: Iterator[dict] | None) -> dict[str, torc
     None; all None on the stages that need none. Tensor rank 0 reads and broadcasts.
     """
     names = ["tokens", "labels", "position_ids", "loss_mask", "attention_mask"]
-    masked = recipe.data.reset_attention_mask
+    masked, of_rows = recipe.data.reset_attention_mask, recipe.data.train is not None
     if not needs_data(recipe):
         return dict.fromkeys(names)
     sample = next(batches) if batches is not None else None
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         batch = {name: tensor.cuda(non_blocking=True) for name, tensor in sample.items()}
     else:
-        batch = tensor_parallel.broadcast_data(["tokens", "labels", "position_ids"], sample, torch.int64)
+        whole = ["tokens", "labels", "position_ids"] + ["document"] * of_rows
+        batch = tensor_parallel.broadcast_data(whole, sample, torch.int64)
         batch |= tensor_parallel.broadcast_data(["loss_mask"], sample, torch.float32)
-        if masked:
+        if masked and not of_rows:
             batch |= tensor_parallel.broadcast_data(["attention_mask"], sample, torch.bool)
+    if masked and of_rows:
+        batch["attention_mask"] = document_mask(batch["document"])
     return {name: batch.get(name) for name in names}
+
+
+def document_mask(document: torch.Tensor) -> torch.Tensor:
+    """True for what is hidden, [b, 1, s, s]: what comes later, and other documents. From each position's document [b, s]."""
+    size = document.shape[1]
+    later = torch.ones(size, size, dtype=torch.bool, device=document.device).triu(1)
+    return (later | (document[:, :, None] != document[:, None, :]))[:, None]

@@ -60,7 +60,8 @@ class LanguageModel(GPTModel):
         """fp16: what the schedule will multiply the loss by, but for the number of microbatches."""
         if not self.config.fp16 or self.config.grad_scale_func is None:
             return 1.0
-        return self.config.grad_scale_func(torch.ones(())).item() / max(1.0, loss_mask.sum().item())
+        tokens = 1.0 if self.config.calculate_per_token_loss else max(1.0, loss_mask.sum().item())
+        return self.config.grad_scale_func(torch.ones(())).item() / tokens
 
 
 class AccumulatingEmbedding(VocabParallelEmbedding):

@@ -77,6 +77,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=transformer_engine(recipe) and model.position_embedding_type == "rope",
         persist_layer_norm=False,
+        # Rows differ in how many of their tokens are trained: a mean of means would weigh these unequally.
+        calculate_per_token_loss=recipe.data.train is not None,
     )
 
 

@@ -11,11 +11,13 @@ from launcher.recipe.schema import Recipe
 
 
 def masked_loss(loss_mask: torch.Tensor, total: torch.Tensor):
-    """The model's sum of masked losses, the number of these tokens, and both for the log.
+    """The model's sum of masked losses, the number of these tokens (of rows, where the mask of each sums to 1), and both for
+    the log.
 
-    megatron-core's schedule divides by the number of tokens and of microbatches before the backward pass.
+    megatron-core's schedule divides by the number of tokens and of microbatches before the backward pass; with
+    calculate_per_token_loss it divides the gradients by the number in the whole global batch instead.
     """
-    tokens = loss_mask.float().sum().to(torch.int)
+    tokens = loss_mask.float().sum().round().to(torch.int)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 

@@ -29,6 +29,15 @@ class Pending:
 
 
 @dataclass
+class Best:
+    """The lowest validation loss so far, and how many evaluations in a row were not lower since."""
+
+    loss: float | None = None
+    iteration: int = 0
+    worse: int = 0
+
+
+@dataclass
 class TrainState:
     """What training changes: all of it is in a checkpoint."""
 
@@ -38,6 +47,7 @@ class TrainState:
     iteration: int = 0
     consumed_train_samples: int = 0
     pending: Pending = field(default_factory=Pending)
+    best: Best = field(default_factory=Best)
 
     def consumed_valid_samples(self, recipe: Recipe) -> int:
         """Where the next evaluation reads on: each one so far took eval_iters global batches."""
@@ -93,15 +103,15 @@ def train_step(recipe: Recipe, state: TrainState, batches: list) -> tuple[torch.
     return totals[0] / totals[1].clamp(min=1), grad_norm, updated
 
 
-def evaluate(recipe: Recipe, state: TrainState, batches: list, stop) -> float | None:
-    """Mean loss per token over training.eval_iters global batches, without dropout; None when `stop` asks to end."""
+def evaluate(recipe: Recipe, state: TrainState, batches: list, iters: int, stop) -> float | None:
+    """Mean loss per token over `iters` global batches, without dropout; None when `stop` asks to end."""
     for chunk in state.chunks:
         chunk.eval()
     count = recipe.training.global_batch_size // (recipe.training.micro_batch_size * recipe.derived.data_parallel_size)
     totals = torch.zeros(2, device="cuda")
     stopped = False
     with torch.no_grad():
-        for _ in range(recipe.training.eval_iters):
+        for _ in range(iters):
             stopped = agreed(stop.requested is not None)
             if stopped:
                 break
@@ -121,21 +131,32 @@ def agreed(*flags: bool) -> bool | list[bool]:
     return answers[0] if len(answers) == 1 else answers
 
 
+def most(count: int) -> int:
+    """The largest of all ranks' counts."""
+    found = torch.tensor([float(count)], device="cuda")
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
 class Trainer:
     """Runs a recipe from the state's step to the end, a signal or a time limit."""
 
     def __init__(self, recipe: Recipe, state: TrainState, stop, progress, save):
-        """`stop.requested` names a signal once one came; `progress`, on rank 0, writes metrics; `save(state)` writes a
-        checkpoint on all ranks together."""
+        """`stop.requested` names a signal once one came; `progress`, on rank 0, writes metrics; `save(state, best)` writes a
+        checkpoint on all ranks together, and where it is the best so far says so beside it."""
         self.recipe, self.state, self.stop, self.progress, self.save = recipe, state, stop, progress, save
         self.started = time.monotonic()
         self.saved_at = state.iteration
         self.window = Window()
         self.flops_per_token = flops_per_token(recipe)
-        train, valid, self.test = data.build_datasets(recipe)
+        self.of_rows = recipe.data.train is not None
+        train, self.valid, self.test = data.build_datasets(recipe)
         self.batches = self._loaders(train, state.consumed_train_samples)
-        self.valid_batches = self._loaders(valid, state.consumed_valid_samples(recipe))
-        self.has_valid, self.has_test = agreed(valid is not None, self.test is not None)
+        self.valid_batches = self._loaders(self.valid, state.consumed_valid_samples(recipe))
+        self.has_valid, self.has_test = agreed(self.valid is not None, self.test is not None)
+        self.eval_iters = recipe.training.eval_iters
+        if self.of_rows:  # the whole set, or so many batches of it, the same at every evaluation
+            self.eval_iters = min(self.eval_iters, most(len(self.valid or ()) // recipe.training.global_batch_size))
 
     def _loaders(self, dataset, consumed: int) -> list:
         """One iterator per model chunk: under interleaving each chunk walks the same batches by itself."""
@@ -159,7 +180,11 @@ class Trainer:
                 self._save()
                 return reason
         self._save()
-        self._evaluate("final validation", self.has_valid, self.valid_batches)
+        if self._stopped_early() and self.progress is not None:
+            best, patience = state.best, recipe.training.early_stop_patience
+            self.progress.note(f"early stop {patience} evaluations without a lower loss than {best.loss:.6f} of step {best.iteration}")
+        if not self.of_rows or state.iteration % recipe.training.eval_interval:  # of rows the same ones, which were just seen
+            self._evaluate("final validation", self.has_valid, self.valid_batches)
         self._evaluate("test", self.has_test, self._loaders(self.test, 0))
         return None
 
@@ -180,7 +205,11 @@ class Trainer:
             self._evaluate("validation", self.has_valid, self.valid_batches)
 
     def _complete(self) -> bool:
-        return self.state.iteration >= self.recipe.derived.train_iters
+        return self.state.iteration >= self.recipe.derived.train_iters or self._stopped_early()
+
+    def _stopped_early(self) -> bool:
+        patience = self.recipe.training.early_stop_patience
+        return patience is not None and self.state.best.worse >= patience
 
     def _refuse_not_finite(self, loss: torch.Tensor, grad_norm: float | None) -> None:
         if self.recipe.training.precision == "fp16" and self.recipe.training.loss_scale is None:
@@ -229,21 +258,34 @@ class Trainer:
         self.window = Window()
 
     def _evaluate(self, name: str, there: bool, batches: list) -> None:
-        training, started = self.recipe.training, time.perf_counter()
-        if not there or not training.eval_iters:
+        started = time.perf_counter()
+        if not there or not self.eval_iters:
             return
-        loss = evaluate(self.recipe, self.state, batches, self.stop)
+        if self.of_rows:
+            batches = self._loaders(self.valid, 0)
+        loss = evaluate(self.recipe, self.state, batches, self.eval_iters, self.stop)
         if loss is not None and self.progress is not None:
             at = {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_train_samples}
             self.progress.validation(at | {"set": name, "lm_loss_validation": loss, "ppl": model.perplexity(loss)})
         self.window.start += time.perf_counter() - started
+        if loss is not None and name == "validation":
+            self._judge(loss)
 
-    def _save(self) -> None:
+    def _judge(self, loss: float) -> None:
+        state, best = self.state, self.state.best
+        if best.loss is not None and not loss < best.loss:
+            best.worse += 1
+            return
+        state.best = Best(loss, state.iteration)
+        if self.recipe.checkpoint.keep_best:
+            self._save(best=True)
+
+    def _save(self, best: bool = False) -> None:
         if self.saved_at != self.state.iteration:
             started = time.perf_counter()
             self._settle()
             self.stop.watchdog.rest()
-            self.save(self.state)
+            self.save(self.state, best)
             self.saved_at = self.state.iteration
             self.window.start += time.perf_counter() - started
 

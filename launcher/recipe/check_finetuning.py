@@ -62,13 +62,31 @@ def _one_file(case: Case, key: str, name: object) -> Iterator[Problem]:
         yield Problem(f"{key} names a file or a list of files, and {name!r} is neither", case.at(key), f"{key}=FILE.jsonl")
         return
     try:
-        for where, row in first_rows(Path(name), ROWS_READ):
+        for where, row in first_rows(Path(name), ROWS_READ, case.recipe.preprocess.format):
             try:
                 conversation(row)
             except BadLine as bad:
                 raise bad.at(where) from None
     except InputError as error:
         yield Problem(error.what, f"{error.where}, {case.at(key)}" if error.where else case.at(key), error.fix)
+
+
+def template(case: Case) -> Iterator[Problem]:
+    """How questions and answers are written is known, and the tokenizer can write it."""
+    from data_tools.errors import TokenizerError
+    from data_tools.templates import build_template
+    from launcher.recipe.tokenizer import tokenizer_of
+
+    name = case.recipe.tokenizer.chat_template
+    if name is None:
+        fix = "tokenizer.chat_template=alpaca, yuan, llama2, chatml, plain, or tokenizer for the tokenizer's own"
+        yield Problem("nothing says how questions and answers are written", case.at("tokenizer.chat_template"), fix)
+        return
+    try:
+        build_template(name, tokenizer_of(case.recipe.tokenizer))
+    except TokenizerError as error:
+        if error.where == "tokenizer.chat_template":  # what is wrong with the tokenizer itself, check_data.tokenizer says
+            yield Problem(error.what, case.at("tokenizer.chat_template"), error.fix)
 
 
 def weights(case: Case) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ STAGE_KEYS = (
 )  # fmt: skip
 LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", *STAGE_KEYS, "distributed_timeout_minutes")
 FREE_GROUPS = ("generate", "launch")
-FREE_KEYS = {"training.precision", *(f"parallel.{key}" for key in LAYOUT_KEYS)}
+FREE_KEYS = {"training.precision", "tokenizer.chat_template", *(f"parallel.{key}" for key in LAYOUT_KEYS)}
 FROM_CHECKPOINT = "the checkpoint"
 
 
@@ -125,7 +125,7 @@ def _taken(loaded: Loaded, described: bool) -> list[str]:
         if key.startswith("parallel."):
             faults.append(UserError(f"{key} is of training and has no meaning for generation", given[key], "leave it out"))
         elif not described and (key in words or not describes_model(loaded)):
-            fix = "leave it out; generate.*, launch.*, training.precision and TP and PP may be given"
+            fix = "leave it out; generate.*, launch.*, training.precision, tokenizer.chat_template and TP and PP may be given"
             faults.append(UserError(f"{key} is fixed by the checkpoint", given[key], fix))
     raise_all(faults)
     return sorted(key for key in free if not key.startswith("generate."))

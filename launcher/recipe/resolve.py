@@ -33,6 +33,8 @@ def resolve(recipe: Recipe, sources: dict[str, str], name: str) -> None:
     fill("run.dir", f"runs/{recipe.run.name}")
     if recipe.data.data_path is not None:
         fill("data.split", DEFAULT_SPLIT)
+    if recipe.data.train is not None and recipe.data.packing and sources.get("data.reset_attention_mask", "default") == "default":
+        recipe.data.reset_attention_mask, sources["data.reset_attention_mask"] = True, "derived"
     fill("preprocess.workers", cores())
     _model(recipe, fill)
     _processes(recipe, fill)

@@ -121,6 +121,10 @@ class Training:
     """Ours: tokens to train; rounded down to whole samples of seq_length."""
     epochs: Optional[int] = None
     """Ours, fine-tuning: how often every row of data.train is seen, instead of one of the above."""
+    loss_normalization: Literal["token", "sample"] = "token"
+    """Ours, fine-tuning: every supervised token of the global batch counts the same, or every row does."""
+    early_stop_patience: Optional[int] = None
+    """Ours, fine-tuning: end after so many evaluations in a row without a lower validation loss."""
     seed: int = 1234
     """Seed of the initial weights, the data order and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -213,6 +217,10 @@ class Data:
     """Ours, fine-tuning: files of questions and answers (JSON array or JSONL), one or a list."""
     valid: Any = None
     """Ours, fine-tuning: the same to evaluate on."""
+    packing: bool = True
+    """Ours, fine-tuning: several rows in one sample, each by itself: attention and positions begin anew."""
+    mask_history: bool = False
+    """Ours, fine-tuning: of a conversation the last answer alone is trained, not every one."""
     reset_position_ids: bool = False
     """Positions start again after every end of document: learned ones, and with yuan2 those of RoPE, which Megatron leaves alone."""
     reset_attention_mask: bool = False
@@ -249,6 +257,8 @@ class Tokenizer:
     """TikTokenizer: a list of names, or names with their ids. Not given: those of the published encoding."""
     tiktoken_num_special_tokens: Optional[int] = None
     """TikTokenizer: ids before the ranks of a .json vocabulary; 1000 as in Megatron-LM if not given."""
+    chat_template: Optional[Literal["alpaca", "yuan", "llama2", "chatml", "plain", "tokenizer"]] = None
+    """Ours: how questions and answers are written, in fine-tuning, generation and serving; tokenizer: its own (Jinja)."""
     plain_special_tokens: bool = False
     """Ours: read a literal '<|endoftext|>' in the text as ordinary characters, as Megatron-LM's older versions did."""
     use_gigatoken: Optional[bool] = None
@@ -289,6 +299,8 @@ class Checkpoint:
     """With load: leave the optimizer's state."""
     no_load_rng: bool = False
     """With load: leave the random number generators' state."""
+    keep_best: bool = False
+    """Ours, fine-tuning: save where the validation loss is the lowest so far, and keep that checkpoint."""
     keep_last: Optional[int] = None
     """Ours: how many checkpoints to keep; the newest whole one is never removed. Not given: all."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from launcher.recipe import schema
 
 if TYPE_CHECKING:
+    from data_tools.templates import Template
     from data_tools.tokenizers import Tokenizer
 
 
@@ -20,7 +21,19 @@ def tokenizer_of(settings: schema.Tokenizer) -> Tokenizer:
     """
     from data_tools.tokenizers import build_tokenizer
 
-    return build_tokenizer(**vars(settings))
+    return build_tokenizer(**{key: value for key, value in vars(settings).items() if key != "chat_template"})
+
+
+def template_of(recipe: schema.Recipe) -> Template | None:
+    """The recipe's chat template; None where it has none.
+
+    Raises:
+        data_tools.errors.TokenizerError: the tokenizer cannot write it.
+    """
+    from data_tools.templates import build_template
+
+    name = recipe.tokenizer.chat_template
+    return build_template(name, tokenizer_of(recipe.tokenizer)) if name else None
 
 
 def with_copies(settings: schema.Tokenizer, folder: Path) -> schema.Tokenizer:

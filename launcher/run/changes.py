@@ -15,7 +15,8 @@ from launcher.recipe.schema import Recipe
 
 SAFE_GROUPS = {"parallel", "preprocess", "logging", "launch", "slurm", "run", "generate", "convert", "serve"}
 SAFE_KEYS = {
-    "training.train_iters", "training.train_samples", "training.train_tokens", "training.micro_batch_size",
+    "training.train_iters", "training.train_samples", "training.train_tokens", "training.epochs", "training.micro_batch_size",
+    "training.early_stop_patience", "checkpoint.keep_best",
     "training.eval_interval", "training.eval_iters", "training.exit_duration_in_mins", "training.exit_interval",
     "data.num_workers", "data.data_cache_path",
     "checkpoint.save_interval", "checkpoint.keep_last", "checkpoint.format",  # of what is written; either is read

@@ -32,7 +32,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     tokenizer = tokenizer_of(recipe.tokenizer)
     shared, lines = [None], []
     if first:
-        lines = read_lines(Path(recipe.generate.input))
+        lines = read_lines(Path(recipe.generate.input), recipe.tokenizer.chat_template is not None)
         shared = [to_prompts(recipe, tokenizer, lines)]
     torch.distributed.broadcast_object_list(shared, src=0)
     prompts = shared[0]

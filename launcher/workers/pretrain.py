@@ -1,4 +1,4 @@
-"""The worker of `yuan pretrain`: build, go on from the newest checkpoint where there is one, train."""
+"""The worker of `yuan pretrain` and `yuan sft`: build, go on from the newest checkpoint where there is one, train."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
         progress.note(f"parts      {parts(recipe, state.optimizer)}")
         progress.note(f"start      {source}")
 
-    def save(state) -> None:
+    def save(state, best: bool) -> None:
         started = time.monotonic()
-        whole = checkpoint.save(recipe, state, folder.checkpoints, folder.path / "tokenizer")
+        whole = checkpoint.save(recipe, state, folder.checkpoints, folder.path / "tokenizer", best)
         if progress is not None:
-            progress.note(f"saved      {whole} ({time.monotonic() - started:.1f} s)")
+            of = ", the best so far" if best else ""
+            progress.note(f"saved      {whole} ({time.monotonic() - started:.1f} s{of})")
 
     reason = Trainer(recipe, state, stop, progress, save).run()
     if progress is not None:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core import parallel_state
 
+from data_tools.records import BadLine
 from data_tools.tokenizers import Tokenizer
 from launcher.engine.generate.cache import CachedModel
 from launcher.engine.generate.decode import NO_NUMBERS, Answer, Prompt, answer_batch
 from launcher.engine.generate.records import Line
 from launcher.engine.generate.sampling import Sampler
 from launcher.recipe.schema import Recipe
+from launcher.recipe.tokenizer import template_of
 
 
 class Meter:
@@ -28,17 +30,21 @@ class Meter:
 
 
 def to_prompts(recipe: Recipe, tokenizer: Tokenizer, lines: list[Line]) -> list[Prompt]:
-    """The lines that can be answered, tokenized; a line that cannot gets its error.
+    """The lines that can be answered, tokenized, in the recipe's chat template where it has one; a line that cannot gets its
+    error.
 
     An empty prompt is the end-of-document token, after which a document begins in the training data.
     """
-    prompts = []
+    prompts, template = [], template_of(recipe)
     positions = recipe.model.max_position_embeddings
     for line in lines:
         if line.prompt is None:
             continue
         try:
-            ids = tokenizer.encode(line.prompt) or [tokenizer.eod]
+            ids = template.prompt(line.turns) if template else tokenizer.encode(line.prompt) or [tokenizer.eod]
+        except BadLine as error:
+            line.fail(error.what)
+            continue
         except ValueError as error:
             line.fail(f"cannot be tokenized: {error}")
             continue
@@ -57,12 +63,13 @@ def answer_all(
 
     Every rank calls it with the same prompts.
     """
-    sampler = Sampler(recipe.generate, tokenizer.vocab_size)
+    sampler, template = Sampler(recipe.generate, tokenizer.vocab_size), template_of(recipe)
+    ends = {tokenizer.eod, *([template.end] if template else [])}
     answers: list[Answer] = []
     for batch in _share(prompts, recipe.generate.batch_size):
         if _asked_to_stop(stop):
             break
-        answers += answer_batch(model, sampler, batch, tokenizer.eod, meter.step)
+        answers += answer_batch(model, sampler, batch, ends, meter.step)
         meter.answered += len(batch)
     return _gathered(answers)
 

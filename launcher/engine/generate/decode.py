@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +26,7 @@ class Prompt:
 
 @dataclass
 class Answer:
-    """The tokens of an answer, without the end-of-document token that stopped it."""
+    """The tokens of an answer, without the token that ended it."""
 
     line: int
     ids: list[int] = field(default_factory=list)
@@ -35,24 +35,24 @@ class Answer:
 
 @torch.inference_mode()
 def answer_batch(
-    model: CachedModel, sampler: Sampler, prompts: list[Prompt], eod: int, count: Callable[[int], None] = lambda tokens: None
+    model: CachedModel, sampler: Sampler, prompts: list[Prompt], ends: Set[int], count: Callable[[int], None] = lambda tokens: None
 ) -> list[Answer]:
     """Answers in the order of the prompts. Every rank of the model calls this with the same prompts and gets the same.
 
-    Rows that have finished leave the batch. `count` is told the number of new tokens at every step.
+    An answer ends with one of the tokens `ends`. Rows that have finished leave the batch. `count` is told the number of new tokens at every step.
     """
     answers = [Answer(prompt.line) for prompt in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch answers
     limit = max(prompt.limit for prompt in prompts)
     uniforms = torch.stack([random_numbers(sampler.options.seed, prompt.line, limit) for prompt in prompts]).to("cuda")
-    ids, lengths = _padded(prompts, eod)
+    ids, lengths = _padded(prompts, min(ends))
     seen = _seen(prompts, sampler) if sampler.penalised else None
     positions = [len(prompt.ids) for prompt in prompts]
     logits = model.prefill(ids, lengths, max(len(prompt.ids) + prompt.limit for prompt in prompts))
     for step in range(limit):
         chosen = _agreed_choice(logits, len(rows), sampler, uniforms[:, step], seen)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            _take(answers[row], token, eod, prompts[row].limit)
+            _take(answers[row], token, ends, prompts[row].limit)
         count(len(rows))
         going = [place for place, row in enumerate(rows) if answers[row].finish_reason is None]
         if not going:
@@ -69,10 +69,10 @@ def answer_batch(
     return answers
 
 
-def _take(answer: Answer, token: int, eod: int, limit: int) -> None:
+def _take(answer: Answer, token: int, ends: Set[int], limit: int) -> None:
     if token == NOT_FINITE:
         answer.finish_reason = "error"
-    elif token == eod:
+    elif token in ends:
         answer.finish_reason = "stop"
     else:
         answer.ids.append(token)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.conversations import Conversation, question
+from data_tools.records import BadLine
+
 KEYS = ("query", "prompt", "text", "instruction")
 _OURS = ("output", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 _BOM = b"\xef\xbb\xbf"
@@ -24,6 +27,7 @@ class Line:
         number: from 1.
         record: the JSON object; what is no object is kept as {"line": its text}; None for a blank line.
         prompt: what is asked; None where the line is blank or bad.
+        turns: the conversation that ends with it, for a chat template.
         error: why there is no answer.
         output: the answer.
     """
@@ -31,6 +35,7 @@ class Line:
     number: int
     record: dict | None
     prompt: str | None = None
+    turns: Conversation = ()
     error: str | None = None
     output: str = ""
     finish_reason: str | None = None
@@ -41,16 +46,16 @@ class Line:
         self.error, self.finish_reason, self.output = error, "error", ""
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Every line of a JSONL file, the bad ones with their error."""
+def read_lines(path: Path, chat: bool = False) -> list[Line]:
+    """Every line of a JSONL file, the bad ones with their error. `chat`: a chat template will write what is asked."""
     content = path.read_bytes().removeprefix(_BOM)
     texts = content.split(b"\n")
     if texts[-1] == b"":
         texts.pop()
-    return [_read(number, text) for number, text in enumerate(texts, start=1)]
+    return [_read(number, text, chat) for number, text in enumerate(texts, start=1)]
 
 
-def _read(number: int, raw: bytes) -> Line:
+def _read(number: int, raw: bytes, chat: bool) -> Line:
     text = raw.decode("utf-8", errors="backslashreplace").strip()
     if not text:
         return Line(number, None)
@@ -60,13 +65,16 @@ def _read(number: int, raw: bytes) -> Line:
         if not isinstance(record, dict):
             raise ValueError(f"not a JSON object such as {{\"query\": \"...\"}}: {text[:60]}")
         line.record = record
-        line.prompt = _prompt(record)
+        line.turns = question(record) if chat else ()
+        line.prompt = line.turns[-1].whole if chat else _prompt(record)
     except UnicodeDecodeError as error:
         line.fail(f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         line.fail(f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         line.fail("not JSON that can be read: nested too deep")
+    except BadLine as error:
+        line.fail(error.what)
     except ValueError as error:
         line.fail(str(error))
     return line

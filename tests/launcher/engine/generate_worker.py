@@ -120,7 +120,7 @@ def answer(recipe, folder):
 
         def run(prompts, model=model, **options):
             sampler = Sampler(dataclasses.replace(recipe.generate, **options), recipe.derived.vocab_size)
-            return [dataclasses.asdict(answer) for answer in answer_batch(model, sampler, prompts, eod)]
+            return [dataclasses.asdict(answer) for answer in answer_batch(model, sampler, prompts, {eod})]
 
         results[family] = {
             "greedy": run(prompts, greedy=True),

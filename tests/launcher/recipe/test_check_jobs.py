@@ -16,7 +16,7 @@ MODEL = "model: {family: llama, num_layers: 6, hidden_size: 32, num_attention_he
 NULL = "tokenizer: {type: NullTokenizer, vocab_size: 63}\n"
 SFT = (
     MODEL
-    + NULL
+    + NULL.replace("63}", "63, chat_template: plain}")
     + """training: {seq_length: 16, micro_batch_size: 1, epochs: 2, eval_iters: 0}
 optimizer: {lr: 1.0e-5, lr_warmup_fraction: 0.1}
 data: {train: rows.jsonl}
@@ -57,7 +57,7 @@ def test_what_they_start_from_passes(name):
         (["training.epochs=3", "training.train_iters=50"], "given twice", "training.epochs"),
         (["data.train=null"], "no training data", "data.train="),
         (["data.train=gone.json"], "no such file: gone.json", "JSONL"),
-        (["data.train=[rows.jsonl,wrong.jsonl]"], "no answer in this row, which has instruction, reply", "output, content"),
+        (["data.train=[rows.jsonl,wrong.jsonl]"], "no answer in this row, which has instruction, reply", "output, response"),
         (["data.train=[rows.jsonl,7]"], "7 is neither", "data.train=FILE.jsonl"),
         (["data.valid=empty.json"], "holds no rows", "instruction"),
         (["data.data_path=x"], "data.data_path is for pretraining", "data.data_path=null"),

@@ -1,0 +1,56 @@
+"""Rows of questions and answers made ready for `yuan sft`: by it, and by `yuan preprocess` with its recipe."""
+
+from __future__ import annotations
+
+import time
+
+import typer
+
+from launcher.commands.data_inspect import plural
+from launcher.errors import UserError
+from launcher.recipe import Loaded, finetuning
+from launcher.recipe.schema import Recipe
+from launcher.recipe.tokenizer import tokenizer_of
+
+
+def prepare_rows(loaded: Loaded) -> None:
+    """Tokenize the rows of data.train and data.valid that are not ready yet.
+
+    Raises:
+        DataError: rows that are none, the first of them with its place; a template that the tokenizer cannot write.
+        UserError: the folder beside a file cannot be written.
+    """
+    from data_tools.sft import prepare
+    from launcher.commands.preprocess import Meter
+
+    recipe, asked = loaded.recipe, loaded.recipe.preprocess
+    tokenizer = tokenizer_of(recipe.tokenizer)
+    for path in finetuning.missing(recipe):
+        started, prefix = time.monotonic(), finetuning.prefix(recipe, path)
+        try:
+            with Meter(path.stat().st_size) as meter:
+                count = prepare(path, prefix, tokenizer, finetuning.form(recipe), asked.workers or 1, asked.max_bad, meter.show)
+        except OSError as error:
+            raise UserError(f"cannot read or write: {error}", str(prefix.parent), "see to the space and the rights there") from None
+        left = f", {plural(count.bad, 'bad row')} left out" if count.bad else ""
+        typer.echo(f"prepared   {path}: {plural(count.documents, 'row')}, {count.tokens:,} tokens{left} ({time.monotonic() - started:.1f} s)", err=True)
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """A line for each set: rows, samples, what of them is filled and trained, what does not fit."""
+    lines = []
+    for name, given in (("train", recipe.data.train), ("valid", recipe.data.valid)):
+        samples = finetuning.packed(recipe, given)
+        if samples is None:
+            continue
+        where = finetuning.prefix(recipe, finetuning.files(given)[0])
+        lines.append(
+            f"{name}      {plural(len(samples.rows), 'row')} in {plural(len(samples), 'sample')} of {samples.seq_length}, "
+            f"{samples.efficiency:.1%} filled, {samples.supervised:,} supervised tokens ({where}_sft_document)"
+        )
+        if samples.rows_cut or samples.rows_left_out:
+            lines.append(
+                f"           cut at {samples.seq_length} tokens: {plural(samples.rows_cut, 'row')}; "
+                f"left out, no answer before that: {plural(samples.rows_left_out, 'row')}"
+            )
+    return lines

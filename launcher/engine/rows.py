@@ -1,0 +1,59 @@
+"""Fine-tuning's data sets: prepared rows, packed, in an order that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data_tools.packing import Packed
+from launcher.recipe.finetuning import packed
+from launcher.recipe.schema import Recipe
+from launcher.recipe.tokenizer import tokenizer_of
+
+
+class RowSamples(Dataset):
+    """`size` samples: `samples` again and again, each epoch in an order of its own (with a seed), the last ones, behind the
+    last whole epoch, without any loss: they fill up the last batch.
+
+    A sample is tokens, labels, position_ids and document [s] int64 and loss_mask [s] float32 (see `Packed.sample`). By
+    `loss_normalization` "sample" the mask of each row sums to 1.
+    """
+
+    def __init__(self, samples: Packed, recipe: Recipe, size: int, epochs: int | None, seed: int | None):
+        self.samples, self.size, self.seed = samples, size, seed
+        self.real = size if epochs is None else epochs * len(samples)
+        self.per_row = recipe.training.loss_normalization == "sample"
+        self.filling = tokenizer_of(recipe.tokenizer).eod
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.samples.sample(self._place(index), self.filling)
+        mask = sample["loss_mask"]
+        if index >= self.real:
+            mask[:] = 0
+        elif self.per_row:
+            of_row = np.bincount(sample["document"], weights=mask)
+            mask /= np.maximum(of_row, 1)[sample["document"]]
+        return {name: torch.from_numpy(array) for name, array in sample.items()}
+
+    def _place(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.samples))
+        if self.seed is None:
+            return place
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        return int(self._order[1][place])
+
+
+def build_row_sets(recipe: Recipe) -> tuple[RowSamples, RowSamples | None]:
+    """The training samples of the whole run, and the validation set once, in its order, filled up to whole batches."""
+    training = recipe.training
+    train = packed(recipe, recipe.data.train)
+    valid = packed(recipe, recipe.data.valid)
+    batch = training.global_batch_size
+    sets = RowSamples(train, recipe, recipe.derived.train_samples, training.epochs, training.seed)
+    return sets, valid and RowSamples(valid, recipe, -(-len(valid) // batch) * batch, 1, None)
