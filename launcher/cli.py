@@ -24,7 +24,9 @@ VERBS = {
     "preprocess": "Text to token ids: JSONL into .bin and .idx.",
     "data": "Look at .bin and .idx: inspect, verify, repair, merge, index.",
     "pretrain": "Train from random weights, or resume a run.",
+    "sft": "Fine-tune on questions and answers.",
     "convert": "Checkpoints into other formats: Hugging Face, torch_dist, MindSpore.",
+    "inspect": "Tell what a checkpoint is, and what is wrong with it.",
     "generate": "Answer a file of prompts from a checkpoint.",
     "doctor": "Look this machine over: versions, devices, speed.",
 }
