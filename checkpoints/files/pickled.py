@@ -127,9 +127,12 @@ def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
             if offset == 0 and _is_old(path):
                 return _read_old(path)
             raise CheckpointError(f"{path} is cut off or no file of torch.save: {error}") from error
-        with archive:
+        try:
             root, places = _records(path, view, archive, offset)
-            return _TorchUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl")), path, places).read()
+            content = archive.read(f"{root}/data.pkl")
+        except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+    return _TorchUnpickler(io.BytesIO(content), path, places).read()
 
 
 def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tuple[str, dict[str, tuple[int, int]]]:

@@ -104,7 +104,10 @@ def open_source(folder: Path, model: Model) -> Source:
     Raises:
         CheckpointError: it is damaged, or does not hold this model.
     """
-    backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
+    try:
+        backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/metadata.json cannot be read: {type(error).__name__}: {error}") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{folder} is in megatron-core's format {backend!r}, and torch_dist is read")
     index = _index(folder)
@@ -132,6 +135,7 @@ def _index(folder: Path) -> dict[str, Chunks]:
     with open(path, "rb") as file:
         known = pickled.Unpickler(file, _ALLOWED, path).read()
     files: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
     found = {}
     for key, entry in known.state_dict_metadata.items():
         if not isinstance(entry, metadata.TensorStorageMetadata):
@@ -143,6 +147,10 @@ def _index(folder: Path) -> dict[str, Chunks]:
                 raise CheckpointError(f"{path} does not say where {key} lies, or it is packed by an extension")
             if info.relative_path not in files:
                 files[info.relative_path] = inside(folder, info.relative_path, path)
+                sizes[info.relative_path] = files[info.relative_path].stat().st_size
+            if info.offset + info.length > sizes[info.relative_path]:
+                what = f"is cut off: {key} should end at byte {info.offset + info.length:,}, and the file at {sizes[info.relative_path]:,}"
+                raise CheckpointError(f"{files[info.relative_path]} {what}")
             chunks.append((tuple(chunk.offsets), tuple(chunk.sizes), (files[info.relative_path], info.offset, info.length)))
         found[key] = _checked(Chunks(tuple(entry.size), entry.properties.dtype, tuple(chunks)), key, path)
     return found
