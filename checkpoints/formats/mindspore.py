@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from checkpoints.files import mindspore as file
-from checkpoints.folder import MANIFEST, CheckpointError
+from checkpoints.folder import MANIFEST, CheckpointError, UnsaidError
 from checkpoints.formats.base import Readable, Source, Target
 from checkpoints.formats.hf import TOKENIZER_FILES, model_of, read_config, write_json
 from checkpoints.formats.rank_files import Shares
@@ -127,7 +127,7 @@ def _kind(folder: Path, names: set[str], fused_name: str, fused: Fused | None) -
         return "separate"
     if fused not in ("concat", "grouped"):
         what = "does not say how its rows lie: --source-fused-layout concat (MindFormers to 1.3) or grouped (from 1.5)"
-        raise CheckpointError(f"{folder} has {fused_name}, which {what}")
+        raise UnsaidError(f"{folder} has {fused_name}, which {what}")
     return fused
 
 
@@ -145,7 +145,7 @@ def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict
 def _model(folder: Path, hf_config: Path | None) -> Model:
     if hf_config is None and not (folder / "config.json").is_file():
         what = "says the shapes of its tensors, and not what the model is: --hf-config DIR with its config.json, or a recipe with it"
-        raise CheckpointError(f"{folder} {what}")
+        raise UnsaidError(f"{folder} {what}")
     place = hf_config or folder
     return model_of(read_config(place), str(place / "config.json"))
 

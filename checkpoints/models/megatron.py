@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.folder import CheckpointError
+from checkpoints.folder import CheckpointError, UnsaidError
 from checkpoints.models.model import Model
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def model_with_ids(args: Mapping[str, Any], where: str, vocab_size: int | None) 
     ids = vocab_size or args.get("vocab_size")
     if args and not ids:
         rows = args.get("padded_vocab_size")
-        raise CheckpointError(f"{where} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size")
+        raise UnsaidError(f"{where} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size")
     return model_of(args, where, vocab_size=ids)
 
 
