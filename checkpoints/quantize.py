@@ -40,7 +40,7 @@ def quantize(whole: torch.Tensor, name: str = "a weight") -> tuple[torch.Tensor,
         q = (rows / scale[:, None]).round_().clamp_(-128, 127)
         numbers[first : first + step], scales[first : first + step] = q, scale
         size += rows.square().sum(dtype=torch.float64).item()
-        wrong += rows.sub_(q.mul_(scale[:, None])).square_().sum(dtype=torch.float64).item()
+        wrong += q.mul_(scale[:, None]).sub_(rows).square_().sum(dtype=torch.float64).item()
     return numbers, scales, sqrt(wrong / size) if size else 0.0
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from tests.checkpoints import published
 from tests.checkpoints.published import LAYOUTS, VARIANTS
 
+INT8 = ("gpt2", "llama_grouped_tied")  # such that are quantized too
 RANK_FILES = ("gpt2", "llama_grouped_tied", "llama2")  # such that are converted into a file per rank too
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -22,6 +23,17 @@ def convert(*words: object) -> str:
     done = CliRunner().invoke(app, ["convert", *map(str, words)])
     assert done.exit_code == 0, (done.output, done.exception)
     return done.output
+
+
+def rounded_to_int8(path):
+    """The published model with every matrix of its layers replaced by what int8 and a scale for each output leave of it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for name, weight in model.named_parameters():
+        if ".layers." in name and "_proj" in name or ".h." in name and ".c_" in name and weight.dim() == 2:
+            outputs = weight.data if ".layers." in name else weight.data.t()  # GPT-2 has its matrices transposed
+            scale = (2 * outputs.abs().max(1).values / 255)[:, None]
+            outputs.copy_((outputs / scale).round().clamp(-128, 127) * scale)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +49,10 @@ def folder(tmp_path_factory):
         with torch.no_grad():
             references[name] = model(ids[None]).logits[0]
         convert(folder / "hf" / name, folder / "ours" / name)
+    for name in INT8:
+        said = convert(folder / "hf" / name, folder / "ours" / f"{name}_int8", "--quantize", "int8")
+        assert "weights in int8" in said and "|w - scale q| / |w|" in said
+        references[f"{name}_int8"] = rounded_to_int8(folder / "hf" / name)(ids[None]).logits[0].detach()
     for name in RANK_FILES:  # stages of 1 and 3 layers
         convert(folder / "hf" / name, folder / "ours" / "torch" / name, "--to", "torch", "--tp", 2, "--pp", 2, "--layout", "Et|tttL")
     torch.save(references, folder / "references.pt")
@@ -48,7 +64,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", published.NAMES)
+@pytest.mark.parametrize("name", [*published.NAMES, *(f"{name}_int8" for name in INT8)])
 def test_logits_are_those_of_transformers_at_every_layout(folder, name):
     reference = torch.load(folder / "references.pt")[name]
     assert reference.std() > 0.5  # answers that vary
