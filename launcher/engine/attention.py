@@ -1,4 +1,6 @@
-"""Causal attention with dropout on a CPU, for which torch has no kernel: block by block, without the half above the diagonal.
+"""Attention on a CPU where torch's one kernel does not do: with dropout, and over documents that are kept apart.
+
+With dropout block by block, without the half above the diagonal.
 
 Megatron-core's own keeps three matrices of s x s in fp32 for each head: scores, probabilities, dropout's mask. Here a
 block of queries at a time is made and made again in the backward pass (Dao et al. 2022, arXiv 2205.14135); only the
@@ -20,6 +22,26 @@ def causal_attention_with_dropout(
     Draws from torch's generator, once, in the forward pass.
     """
     return _Blocks.apply(query, key, value, dropout, scale)
+
+
+def documents(mask: torch.Tensor) -> list[list[slice]] | None:
+    """The places of each sample's documents, where `mask` [b, 1, s, s], True for what is hidden, is causal and keeps documents
+    apart; None for any other mask. Found once for a mask, whatever the number of layers."""
+    if not hasattr(mask, "documents"):
+        mask.documents = _documents(mask[:, 0])
+    return mask.documents
+
+
+def _documents(hidden: torch.Tensor) -> list[list[slice]] | None:
+    places = torch.arange(hidden.shape[-1])
+    first_seen = hidden.byte().argmin(-1)  # [b, s]: of each query
+    begins = first_seen == places
+    if not torch.equal(first_seen, (places * begins).cummax(-1).values):
+        return None
+    if not torch.equal(hidden, (places < first_seen[..., None]) | (places > places[:, None])):
+        return None
+    edges = [[*sample.nonzero().flatten().tolist(), len(places)] for sample in begins]
+    return [[slice(*pair) for pair in zip(sample, sample[1:])] for sample in edges]
 
 
 class _Blocks(torch.autograd.Function):

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
 
-from launcher.engine.attention import causal_attention_with_dropout
+from launcher.engine.attention import causal_attention_with_dropout, documents
 
 from launcher.engine.quantized import Int8ColumnParallelLinear, Int8RowParallelLinear
 
@@ -41,19 +41,28 @@ class FusedAttention(DotProductAttention):
 
     Takes query [sq, b, heads, d], key and value [sk, b, groups, d], returns [sq, b, heads x d], heads and groups being
     those of this tensor-parallel rank. `attention_mask`, where given, is boolean [b, 1, sq, sk] with True for what is
-    hidden. On a CPU torch has no fused kernel with dropout: without a mask it is this repository's own, with a mask
-    megatron-core's attention.
+    hidden. On a CPU a mask that keeps documents apart becomes a call for each document, half the work and no mask in floats,
+    and dropout, for which torch has no fused kernel there, is this repository's own.
     """
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
-        dropout = self.attention_dropout.p if self.training else 0.0
-        if dropout > 0 and query.device.type == "cpu" and attention_mask is not None:
+        dropout, on_cpu = self.attention_dropout.p if self.training else 0.0, query.device.type == "cpu"
+        apart = documents(attention_mask) if on_cpu and attention_mask is not None else None
+        if on_cpu and dropout > 0 and attention_mask is not None and apart is None:
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         drawing = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if drawing else nullcontext():
-            context = self._attend(query, key, value, attention_mask, dropout)
+            if apart is None:
+                context = self._attend(query, key, value, attention_mask, dropout)
+            else:
+                context = torch.cat([self._sample(query, key, value, *one, dropout) for one in enumerate(apart)])
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
+
+    def _sample(self, query, key, value, number: int, places: list[slice], dropout: float) -> torch.Tensor:
+        """One sample of the batch, [1, heads, s, d], its documents apart."""
+        parts = [[x[number : number + 1, :, one] for x in (query, key, value)] for one in places]
+        return torch.cat([self._attend(*part, None, dropout) for part in parts], dim=2)
 
     def _attend(self, query, key, value, attention_mask, dropout: float) -> torch.Tensor:
         """[b, heads, sq, d] of query [b, heads, sq, d], key and value [b, groups, sk, d]."""

@@ -200,6 +200,14 @@ def hugging_face(recipe: Recipe) -> Callable[[], None]:
     return step
 
 
+def alone() -> None:
+    """torchrun's environment of a world of one process, for this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ.update(place | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+
+
 def random_batches(recipe: Recipe) -> Iterator[dict]:
     """Microbatches of random ids without end."""
     import torch

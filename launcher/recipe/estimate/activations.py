@@ -1,7 +1,7 @@
 """Bytes that one layer keeps for its backward pass, for one micro-batch, on one rank.
 
 What autograd saves in megatron-core's modules as launcher/engine builds them. A GPU fuses the activation function and
-the attention (Transformer Engine or torch); a CPU the attention alone, and not where it has dropout and a document mask.
+the attention (Transformer Engine or torch); a CPU the attention alone.
 Reference: Korthikanti et al. 2022 (arXiv 2205.05198), whose sbh(10 + 24/t + 5as/ht) is the case of GPT-2 in 16 bits
 with dropout and unfused attention on a GPU.
 """
@@ -88,9 +88,7 @@ def core_attention(recipe: Recipe) -> int:
 
 def fused_attention(recipe: Recipe) -> bool:
     """Whether the attention is one kernel that writes no s x s matrix (launcher/engine/layers.py)."""
-    if recipe.model.attention_backend == "unfused":
-        return False
-    return recipe.derived.device == "cuda" or not (recipe.model.attention_dropout and recipe.data.reset_attention_mask)
+    return recipe.model.attention_backend != "unfused"
 
 
 def scores(recipe: Recipe) -> int:

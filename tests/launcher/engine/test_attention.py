@@ -9,14 +9,14 @@ from launcher.engine import attention
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "ROWS", 5)  # three whole blocks and a part of one
+    monkeypatch.setattr(attention, "ROWS", 3)  # two whole blocks and a part of one
 
 
 def inputs() -> list[torch.Tensor]:
     """Query, key and value as a projection leaves them, one tensor's columns: [heads, s, d] that are not contiguous."""
     torch.manual_seed(0)
-    together = torch.randn(17, 3, 24, dtype=torch.double, requires_grad=True)
-    return [x.permute(1, 0, 2) for x in together.split(8, -1)]
+    together = torch.randn(7, 2, 9, dtype=torch.double, requires_grad=True)
+    return [x.permute(1, 0, 2) for x in together.split(3, -1)]
 
 
 def test_without_dropout_it_is_torchs():
@@ -40,3 +40,23 @@ def test_it_drops_that_share_and_keeps_the_mean():
     context = attention.causal_attention_with_dropout(query, key, value, 0.25, 1.0)[:, :, 0]
     assert (context[:, 0] == 0).double().mean() == pytest.approx(0.25, abs=0.08)  # it sees itself alone
     assert context[:, 25:].mean() == pytest.approx(1.0, abs=0.01)
+
+
+def hiding(*documents: list[int]) -> torch.Tensor:
+    """[b, 1, s, s], True for what is hidden, of samples with documents of these lengths."""
+    samples = []
+    for lengths in documents:
+        numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        samples.append((numbers[:, None] != numbers) | torch.ones(len(numbers), len(numbers), dtype=torch.bool).triu(1))
+    return torch.stack(samples)[:, None]
+
+
+def test_documents_are_found_in_masks_that_keep_them_apart_alone():
+    mask = hiding([3, 1, 5], [9], [8, 1])
+    expected = [[slice(0, 3), slice(3, 4), slice(4, 9)], [slice(0, 9)], [slice(0, 8), slice(8, 9)]]
+    assert attention.documents(mask) == expected
+    window = hiding([9]) | torch.ones(9, 9, dtype=torch.bool).tril(-3)
+    padded = hiding([9])
+    padded[..., :2] = True
+    for other in (window, padded, torch.zeros(1, 1, 9, 9, dtype=torch.bool)):
+        assert attention.documents(other) is None
