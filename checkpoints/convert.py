@@ -6,6 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from checkpoints.models import megatron
 from checkpoints.models.gpt import SCALE
 from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
-from checkpoints.models.tensor import padded
+from checkpoints.models.tensor import Tensor, padded
 from checkpoints.recognise import Found, recognise
 
 READ, WRITTEN = ("hf", "torch_dist", "mindspore", "torch"), ("hf", "torch_dist", "mindspore", *dialects.FORMATS)
@@ -207,13 +208,15 @@ def copy(source: Source, target: Target, progress: Callable[[int], None] = lambd
         CheckpointError: a tensor holds NaN or infinity (unless `allow_nan`), or would not fit its new type.
     """
     sums: dict[str, int] = {}
-    for tensor in target.order():
-        whole = _as(source.read(tensor.name), target.dtypes[tensor.name], tensor.name, allow_nan)
-        if tensor.name in sums:
-            raise ValueError(f"{tensor.name} was asked for twice")
-        sums[tensor.name] = checksum(whole)
-        target.put(tensor, whole)
-        progress(whole.nbytes)
+    with ThreadPoolExecutor(1) as beside:  # zlib lets go of Python's lock: checksums cost no time while there is writing
+        for tensor in target.order():
+            whole = _as(source.read(tensor.name), target.dtypes[tensor.name], tensor.name, allow_nan)
+            if tensor.name in sums:
+                raise ValueError(f"{tensor.name} was asked for twice")
+            its_sum = beside.submit(checksum, whole)
+            target.put(tensor, whole)
+            sums[tensor.name] = its_sum.result()
+            progress(whole.nbytes)
     if left := {tensor.name for tensor in source.tensors} - sums.keys():
         raise ValueError(f"not asked for: {sorted(left)}")
     target.finish()
@@ -248,12 +251,13 @@ def compare(source: Source, sums: Mapping[str, int], progress: Callable[[int], N
     Raises:
         CheckpointError: tensors differ, which are named: the disk or the memory is at fault.
     """
-    wrong = []
-    for tensor in source.tensors:
+    def found(tensor: Tensor) -> tuple[str, int]:
         whole = source.read(tensor.name)
-        if checksum(whole) != sums[tensor.name]:
-            wrong.append(tensor.name)
         progress(whole.nbytes)
+        return tensor.name, checksum(whole)
+
+    with ThreadPoolExecutor(2) as readers:  # so two tensors are in memory
+        wrong = [name for name, its_sum in readers.map(found, source.tensors) if its_sum != sums[name]]
     if wrong:
         raise CheckpointError(f"{source.path}: {', '.join(wrong[:8])} read back otherwise than written")
 

@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -34,13 +34,37 @@ class Slot:
         self.dtype, self.shape = dtype, shape
 
 
+class Behind(io.RawIOBase):
+    """What comes behind the end of an open file, as a file of its own: several of torch.save's lie in one of torch_dist's."""
+
+    stem = "archive"  # torch.save's name where it writes no path
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._start = file, file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset + (self._start if whence == io.SEEK_SET else 0), whence) - self._start
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+
 class Writer:
     """Writes one file that `torch.load` reads, mapped or not."""
 
-    def __init__(self, path: Path, content: Any):
+    def __init__(self, place: Path | Behind, content: Any):
         """`content` is what torch.load is to give, a `Slot` in the place of every tensor. The folder must be there."""
-        self._root = path.stem
-        self._archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self._root = place.stem
+        self._archive = zipfile.ZipFile(place, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
         pickled = _Pickled(content)
         self._keys = pickled.keys
         self._entry("data.pkl", pickled.data)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored, inside
+from checkpoints.files.torch_save import Behind, Slot, Writer
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Readable, Source, Target, by_own_names
 from checkpoints.models import gpt
@@ -195,20 +196,22 @@ class TorchDist(Target):
             raise CheckpointError(f"{tensor.name} is {whole.dtype}, other layers' are {self._tensors[key].properties.dtype}: give --dtype")
         rows = max(1, _CHUNK_BYTES * len(whole) // max(1, whole.nbytes))
         for first in range(0, len(whole), rows):
-            piece = whole[first : first + rows].clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
+            piece = whole[first : first + rows]
             offsets = torch.Size(at + (first,) + (0,) * (whole.dim() - 1))
             sizes = torch.Size((1,) * len(at) + tuple(piece.shape))
             self._tensors[key].chunks.append(metadata.ChunkStorageMetadata(offsets, sizes))
             self._save(metadata.MetadataIndex(key, offsets), piece.reshape(sizes))
 
-    def _save(self, index: Any, value: Any) -> None:
+    def _save(self, index: Any, piece: torch.Tensor) -> None:
         if self._file.tell() > _FILE_BYTES:
             self._file.close()
             self._number += 1
             self._file = open(self.folder / f"__0_{self._number}.distcp", "wb")
         self._file.write(b"\0" * (-self._file.tell() % _ALIGNED))
-        start = self._file.tell()
-        torch.save(value, self._file)
+        start, slot = self._file.tell(), Slot(piece.dtype, tuple(piece.shape))
+        writer = Writer(Behind(self._file), slot)
+        writer.write(slot, piece)
+        writer.close()
         length = self._file.tell() - start
         self._places[index] = filesystem._StorageInfo(f"__0_{self._number}.distcp", start, length)
 
