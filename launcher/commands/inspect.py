@@ -99,7 +99,8 @@ def _lines(loaded: Loaded, source: Source, found: Found, base: Recipe | None) ->
     tokenizer = find_tokenizer(loaded, source, base)
     ids = f", {tokenizer.settings.vocab_size:,} ids" if tokenizer.settings.vocab_size else ""
     files = f" ({', '.join(path.name for path in tokenizer.files)})" if tokenizer.files else ""
-    lines.append(("tokenizer", f"none: {tokenizer.why}" if tokenizer.why else f"{tokenizer.settings.type}{ids}{files}"))
+    why = tokenizer.why or ("ids alone" if tokenizer.settings.type == "NullTokenizer" else "")
+    lines.append(("tokenizer", f"none: {why}" if why else f"{tokenizer.settings.type}{ids}{files}"))
     for why in dict.fromkeys(source.left_out.values()):
         names = [name for name, reason in source.left_out.items() if reason == why]
         lines.append(("besides", f"{names[0]}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''}: {why}"))
