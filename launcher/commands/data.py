@@ -28,6 +28,7 @@ from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
+    from data_tools.indexed import IndexedReader
     from data_tools.inspect import Summary
     from data_tools.tokenizers import Tokenizer
 
@@ -43,6 +44,7 @@ def inspect(
     words: Words = None,
     document: Annotated[int, typer.Option("--document", metavar="N", help="The document to show, from 0.")] = 0,
     all_tokens: Annotated[bool, typer.Option("--all", help="All of the document, however long.")] = False,
+    mask: Annotated[bool, typer.Option("--mask", help="What fine-tuning trains on, in colour (shown wherever it is known).")] = False,
     tokenizer_type: TokenizerType = None,
     vocab_file: VocabFile = None,
     merge_file: MergeFile = None,
@@ -79,7 +81,23 @@ def inspect(
     reader = IndexedReader(prefix)
     if not 0 <= document < reader.documents:
         raise UserError(f"there is no document {document}", f"{prefix}.idx", f"--document 0 to {reader.documents - 1}")
-    typer.echo("\n".join(view.document(reader.document(document), document, tokenizer, all_tokens)))
+    masks = _masks(prefix, mask)
+    of_document = masks.document(document) if masks else None
+    typer.echo("\n".join(view.document(reader.document(document), document, tokenizer, all_tokens, of_document)))
+
+
+def _masks(prefix: str, wanted: bool) -> IndexedReader | None:
+    """The masks beside prepared rows of fine-tuning."""
+    from data_tools.indexed import IndexedReader, idx_path
+    from data_tools.preprocess import dataset_prefix
+    from data_tools.sft import KEYS
+
+    beside = prefix.removesuffix(dataset_prefix("", KEYS[0]))
+    if beside != prefix and idx_path(dataset_prefix(beside, KEYS[1])).is_file():
+        return IndexedReader(dataset_prefix(beside, KEYS[1]))
+    if wanted:
+        raise UserError("no mask lies beside it", prefix, f"give rows that `yuan sft` or `yuan preprocess recipe=..._sft` prepared: ..._{KEYS[0]}_document")
+    return None
 
 
 def _bare(prefix: str) -> str:

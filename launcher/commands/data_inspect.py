@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from launcher.errors import UserError
 
@@ -41,7 +44,8 @@ def made(s: Summary) -> list[str]:
         files = inputs[0]["path"] if len(inputs) == 1 else f"{len(inputs)} files, {inputs[0]['path']} to {inputs[-1]['path']}"
         shard = manifest.get("shard", [0, 1])
         share = f", share {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
-        lines.append(f"made of    {files}{share}, under {', '.join(manifest.get('json_keys', []))}")
+        how = f"in the template {manifest['template']}" if "template" in manifest else f"under {', '.join(manifest.get('json_keys', []))}"
+        lines.append(f"made of    {files}{share}, {how}")
     if "merged" in manifest:
         lines.append(f"merged     {plural(len(manifest['merged']), 'pair')}, {manifest['merged'][0]['name']} to {manifest['merged'][-1]['name']}")
     for line in (manifest.get("repaired") or {}).get("mended", []) + (manifest.get("repaired") or {}).get("lost", []):
@@ -77,25 +81,48 @@ def _bar(share: float) -> str:
     return bar
 
 
-def document(sequences: list[Any], number: int, tokenizer: Tokenizer | None, everything: bool) -> list[str]:
-    """A document as text, where there is a tokenizer, and its tokens; the beginning of a long one unless `everything`."""
+def document(sequences: list[Any], number: int, tokenizer: Tokenizer | None, everything: bool, mask: list[Any] | None = None) -> list[str]:
+    """A document as text, where there is a tokenizer, and its tokens; the beginning of a long one unless `everything`. With
+    a `mask`, sequence for sequence, what is trained is green, and its tokens are starred."""
     ids = [int(token) for sequence in sequences for token in sequence]
+    trained = [bool(flag) for sequence in mask for flag in sequence] if mask is not None else [False] * len(ids)
     of = f" in {len(sequences)} sequences" if len(sequences) > 1 else ""
+    of += f", {sum(trained):,} of them trained (green, *)" if mask is not None else ""
     lines = [f"document {number}: {plural(len(ids), 'token')}{of}"]
     shown = ids if everything else ids[:_SHOWN]
     if tokenizer is None:
         lines.append("  (as text with its tokenizer: recipe=NAME, or --tokenizer-type and its files)")
-        lines += [f"  {' '.join(map(str, shown))}" + (" ..." if len(shown) < len(ids) else "")]
+        words = [_green(str(i)) + "*" if flag else str(i) for i, flag in zip(shown, trained)]
+        lines += [f"  {' '.join(words)}" + (" ..." if len(shown) < len(ids) else "")]
         return lines
     outside = [i for i in ids if i >= tokenizer.vocab_size]
     if outside:
         what = f"the document holds the id {outside[0]}, and this {tokenizer.type} has {tokenizer.vocab_size} ids"
         raise UserError(what, f"document {number}", "give the tokenizer that made the data")
-    text = _wrapped(tokenizer.decode(ids if everything else ids[: 8 * _SHOWN])) if ids else []
+    text = _text(ids if everything else ids[: 8 * _SHOWN], trained, tokenizer) if ids else []
     cut = not everything and (len(text) > _ROWS or len(ids) > 8 * _SHOWN)
     lines += [f"  {line}".rstrip() for line in (text[:_ROWS] if cut else text)] + ["  ..."] * cut
-    lines += [f"  {i:7} {tokenizer.decode([i])!r}" for i in shown]
+    tokens = [(f"{'*' if flag else ' '} {i:7} {tokenizer.decode([i])!r}", flag) for i, flag in zip(shown, trained)]
+    lines += [_green(token) if flag else token for token, flag in tokens]
     return lines + [f"  ... {len(ids) - len(shown):,} more (--all)"] * (len(shown) < len(ids))
+
+
+def _text(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> list[str]:
+    """Lines of the text; of a document without trained tokens decoded as one, else run by run."""
+    if not any(trained):
+        return _wrapped(tokenizer.decode(ids))
+    runs = [(flag, [i for i, _ in run]) for flag, run in groupby(zip(ids, trained), key=lambda pair: pair[1])]
+    lines = [""]
+    for flag, run in runs:
+        first, *rest = _wrapped(tokenizer.decode(run))
+        coloured = [_green(line) if flag and line else line for line in (first, *rest)]
+        lines[-1] += coloured[0]
+        lines += coloured[1:]
+    return lines
+
+
+def _green(text: str) -> str:
+    return typer.style(text, fg="green", bold=True)  # typer.echo leaves it out where the output is no terminal
 
 
 def _wrapped(text: str) -> list[str]:
