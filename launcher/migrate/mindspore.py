@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from launcher.errors import UserError
 from launcher.migrate.command import Call
 from launcher.migrate.convert import conversion
+from launcher.migrate.pai_parts import ARCHITECTURE, SHAPE, SIZES
 from launcher.migrate.positional import WHOLE
 from launcher.migrate.result import Line, Migration
 
@@ -15,7 +18,9 @@ OPTIONS = {
     "-pp": "--pipeline_parallel", "-tm": "--transfer_mode",
 }  # fmt: skip
 HEADS = (32, 40, 64)  # of 7B, 13B and 70B
-FUNCTIONS = ("distributed_weight_transfer", "pt_to_ms", "train_to_infer")
+FUNCTIONS = ("distributed_weight_transfer", "pt_to_ms", "train_to_infer", "quant_weight")
+MODEL = re.compile(r"llama-?2[-_](7|13|70)b", re.I)
+DTYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32", "w8a16": "fp16"}
 
 
 def mindspore(call: Call) -> Migration:
@@ -23,8 +28,7 @@ def mindspore(call: Call) -> Migration:
     given = _options(call)
     function = given.get("--function", "distributed_weight_transfer")
     if function not in FUNCTIONS:
-        what = "quantizing weights is missing in yuan" if function == "quant_weight" else f"there is no function {function!r}"
-        raise UserError(f"-f {function}: {what}", call.place, "functions that can be migrated: " + ", ".join(FUNCTIONS))
+        raise UserError(f"-f {function}: there is no such function", call.place, "functions: " + ", ".join(FUNCTIONS))
     for needed in ("--world_size", "--src_ckpt_path"):
         if not given.get(needed):
             short = next(short for short, long in OPTIONS.items() if long == needed)
@@ -43,6 +47,7 @@ def mindspore(call: Call) -> Migration:
         lines.append(
             Line("fixed", "--dst_ckpt_path", "", {"convert.target": folder}, note="the simplified script's own folder")
         )
+    lines += _model(call, given, function)
     layout = {"convert.fused_layout": "concat" if fused else "separate"}
     trap = (
         "the script undoes the fusion in equal thirds, which is wrong with fewer key/value heads (70B), and its errors go to "
@@ -62,6 +67,20 @@ def mindspore(call: Call) -> Migration:
     return conversion(
         call, lines, f"mindspore_to_{width}p", f"{call.basename}: {function}", f"Weights for MindSpore on {width} devices"
     )
+
+
+def _model(call: Call, given: dict[str, str], function: str) -> list[Line]:
+    """What the weights are of: MindSpore's files do not say it, the names of files do."""
+    if function == "pt_to_ms":  # Hugging Face's folder says it
+        return []
+    size = MODEL.search(f"{given.get('--yaml_path', '')} {given['--src_ckpt_path']} {given.get('--dst_ckpt_path', '')}")
+    if size is None and call.basename != "ckpt_convert_n_to_m.sh":
+        lost = "MindSpore's files do not say what the model is, and no name here does: fill in convert.hf_config, a folder with its config.json"
+        return [Line("fixed", "model", "", lost=lost)]
+    named = f"{size[1] if size else 7}B"
+    became = {"model.family": "llama"} | {f"model.{key}": value for key, value in zip(SHAPE, SIZES[named])}
+    became |= {"model.max_position_embeddings": 4096} | ARCHITECTURE
+    return [Line("fixed", "model", f"Llama-2 {named}", became, "told by the paths" if size else "the simplified script's own")]
 
 
 def _options(call: Call) -> dict[str, str]:
@@ -90,18 +109,19 @@ def _line(name: str, value: str, fused: bool, folder: str, width: str) -> Line:
     elif name == "--world_size":
         line.became = {"convert.tensor_model_parallel_size": int(width)}
     elif name == "--precision":
-        ours = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}.get(value)
+        ours = DTYPES.get(value)
         line.became = {"convert.dtype": ours} if ours else {}
-        line.lost = "" if ours else f"the precision {value} is missing: fp16, bf16 or fp32"
+        line.lost = "" if ours else f"the precision {value} is missing: {', '.join(DTYPES)}; activations in int8 want data and an NPU"
     elif name == "--function":
         line.note = "source and target say it"
-        line.lost = (
-            ""
-            if value != "train_to_infer"
-            else "a training's strategy file is not read: sources are folders with rank_0 and so on"
-        )
+        if value == "train_to_infer":
+            line.note = "no strategy file: stages and copies of a training are told by the tensors that its ranks hold"
+        if value == "quant_weight":
+            line.became, line.note = {"convert.quantize": "int8"}, "w8a16: weights alone, for which no data are needed"
     elif name == "--pipeline_parallel":
         line.note = "the source's own stages are found out"
+    elif name in ("--dataset", "--dataset_path"):
+        line.note = "dropped: rounding weights to nearest needs no data"
     else:
         line.note = "dropped: no model is compiled, so no configuration and no strategy file is needed"
     return line

@@ -210,13 +210,31 @@ def test_the_twelve_documented_arguments_of_hf2mcore_are_told_what_they_did():
     assert "always converts from Hugging Face" in documented.traps[-1].trap
 
 
+@pytest.mark.parametrize(
+    "words, values",
+    [
+        ("-f pt_to_ms -p fp16 -w 4 -sc hf", {"convert.dtype": "fp16"}),
+        ("-f train_to_infer -p fp16 -w 2 -pp 4 -sc trained/llama2_13b -y llama2_13b_2p.yaml", {"convert.dtype": "fp16", "model.num_layers": 40}),
+        ("-f quant_weight -p w8a16 -w 4 -d boolq -dp /data -sc llama-2-70b_qkv", {
+            "convert.dtype": "fp16", "convert.quantize": "int8", "convert.fused_layout": "concat", "model.num_query_groups": 8,
+        }),
+        ("-f distributed_weight_transfer -w 8 -sc /a", {}),
+    ],
+)  # fmt: skip
+def test_every_function_of_the_tool_for_mindspore(words, values):
+    [found], _ = migrate(["bash", "ckpt_convert.sh", *words.split(), "-dc", "out"])
+    assert found.verb == "convert" and found.values.items() >= ({"convert.to": "mindspore"} | values).items()
+    asked = [line.lost for line in found.lost if "convert.hf_config" in line.lost]
+    assert bool(asked) is ("-sc /a" in words)  # which model it is nothing there tells
+
+
 @pytest.mark.parametrize(("command", "words"), [
     (CONVERTOR.format("yes"), ["argument 8 (mg2hf) is 'yes'", "true or false"]),
     (CONVERTOR.format("true").replace("llama2-7b", "qwen"), ["argument 6 (MN) is 'qwen'"]),
     ("bash run_text_generation_megatron_llama.sh dsw /m /p /ckpt 7B 1 1 1024 1024 0 fp16 5 1 1 /in /out 0.9 1 1", ["12 (TOP_K) 5", "17 (TOP_P) 0.9"]),
     ("bash run_text_generation_megatron_llama.sh dsw /m /p /ckpt 7B 1 1 1024 1024 0 fp16 5 1 1 /in /out 0 0 1", ["18 (TEMPERATURE) is 0"]),
     ("bash run_text_generation_megatron_llama.sh dsw /m /p /ckpt 7B 1 1 1024 1024 0 fp16 5 1 1 none /out 0 1 1", ["15 (INPUT_FILE) is none"]),
-    ("bash ckpt_convert.sh -f quant_weight -w 4 -sc /a", ["quant_weight", "missing"]),
+    ("bash ckpt_convert.sh -f quant -w 4 -sc /a", ["-f quant: there is no such function", "quant_weight"]),
     ("bash ckpt_convert.sh -f pt_to_ms -sc /a", ["-w (--world_size) is not given"]),
     ("bash ckpt_convert.sh -f pt_to_ms -w four -sc /a", ["-w (--world_size) is 'four'"]),
     ("bash ckpt_convert.sh -w 4 -sc", ["--src_ckpt_path has no value"]),

@@ -17,6 +17,7 @@ LLAMA_7B = {
     "model.attention_dropout": 0.0, "model.hidden_dropout": 0.0, "model.make_vocab_size_divisible_by": 1,
     "tokenizer.type": "SentencePieceTokenizer", "tokenizer.vocab_size": 32000,
 }  # fmt: skip
+LLAMA2_7B = {key: value for key, value in LLAMA_7B.items() if key.startswith("model.") and "dropout" not in key and "divisible" not in key}
 MEGATRON_CKPT = f"{WORK}/llama2-ckpts/llama2-7b-hf-to-megatron-tp1-pp1"
 TRAINING_7B = LLAMA_7B | {
     "tokenizer.tokenizer_model": f"{MEGATRON_CKPT}/tokenizer.model", "training.seq_length": 2048, "training.micro_batch_size": 1,
@@ -93,22 +94,22 @@ EXPECTED = {
         "convert.source": "/workspace/ckpt/1_llama-2-7b_qkv", "convert.target": "/workspace/ckpt/4_llama-2-7b/fp16_4p_qkv",
         "convert.to": "mindspore", "convert.tensor_model_parallel_size": 4, "convert.pipeline_model_parallel_size": 1,
         "convert.dtype": "fp16", "convert.fused_layout": "concat",
-    }, ["layout"]),
+    } | LLAMA2_7B, ["layout"]),
     "mindspore_4_to_8.sh": ({
         "convert.source": "/workspace/ckpt/4_llama-2-7b/fp16_4p_qkv", "convert.target": "/workspace/ckpt/8_llama-2-7b/fp16_8p_qkv",
         "convert.to": "mindspore", "convert.tensor_model_parallel_size": 8, "convert.pipeline_model_parallel_size": 1,
         "convert.dtype": "fp16", "convert.fused_layout": "concat",
-    }, ["layout"]),
+    } | LLAMA2_7B, ["layout"]),
     "mindspore_8_to_16.sh": ({
         "convert.source": "/workspace/ckpt/8_llama-2-7b/fp16_8p_qkv", "convert.target": "/workspace/ckpt/16_llama-2-7b/fp16_16p_qkv",
         "convert.to": "mindspore", "convert.tensor_model_parallel_size": 16, "convert.pipeline_model_parallel_size": 1,
         "convert.dtype": "fp16", "convert.fused_layout": "concat",
-    }, ["layout"]),
+    } | LLAMA2_7B, ["layout"]),
     "mindspore_1_to_4_simplified.sh": ({
         "convert.source": "/workspace/ckpt/1_llama-2-7b_qkv", "convert.to": "mindspore", "convert.fused_layout": "concat",
         "convert.target": "../ckpt/llama2_7b/qkv/4_llama-2-7b/fp16_4p_qkv", "convert.tensor_model_parallel_size": 4,
         "convert.pipeline_model_parallel_size": 1,
-    }, ["layout"]),
+    } | LLAMA2_7B, ["layout"]),
     "yuan_51b.sh": ({
         "model.family": "yuan2", "model.num_layers": 42, "model.hidden_size": 8192, "model.ffn_hidden_size": 32768,
         "model.num_attention_heads": 64, "model.max_position_embeddings": 4096, "model.position_embedding_type": "rope",
@@ -133,7 +134,7 @@ EXPECTED = {
 
 ASSUMED = {"launch.device": "cuda", "launch.gpu_memory_gib": 80}
 for values, _ in EXPECTED.values():
-    values |= ASSUMED if "model.num_layers" in values else {}
+    values |= ASSUMED if "model.num_layers" in values and "convert.to" not in values else {}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
