@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,8 @@ from checkpoints.files.stored import contiguous, raw
 
 _ALIGNED = 64  # as torch.save does, so that a mapped tensor is aligned
 _PADDING = 0x4246  # the extra field of a zip entry that fills up to there; torch.save's number
+_16_BITS, _32_BITS = 0xFFFF, 0xFFFFFFFF  # what a field of the archive holds; it says so when it cannot
+_DAY = 0x21  # 1980-01-01, so that the same content makes the same file
 _STORAGES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
@@ -34,7 +36,7 @@ class Slot:
         self.dtype, self.shape = dtype, shape
 
 
-class Behind(io.RawIOBase):
+class Behind:
     """What comes behind the end of an open file, as a file of its own: several of torch.save's lie in one of torch_dist's."""
 
     stem = "archive"  # torch.save's name where it writes no path
@@ -42,56 +44,72 @@ class Behind(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         self._file, self._start = file, file.tell()
 
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
     def tell(self) -> int:
         return self._file.tell() - self._start
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset + (self._start if whence == io.SEEK_SET else 0), whence) - self._start
 
     def write(self, data: Any) -> int:
         return self._file.write(data)
 
 
 class Writer:
-    """Writes one file that `torch.load` reads, mapped or not."""
+    """Writes one file that `torch.load` reads, mapped or not, from its beginning to its end."""
 
     def __init__(self, place: Path | Behind, content: Any):
         """`content` is what torch.load is to give, a `Slot` in the place of every tensor. The folder must be there."""
         self._root = place.stem
-        self._archive = zipfile.ZipFile(place, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
+        self._file: Any = open(place, "wb") if isinstance(place, Path) else place
+        self._entries: list[bytes] = []
         pickled = _Pickled(content)
         self._keys = pickled.keys
-        self._entry("data.pkl", pickled.data)
-        self._entry("byteorder", b"little")
+        self._entry("data.pkl", [memoryview(pickled.data)])
+        self._entry("byteorder", [memoryview(b"little")])
 
-    def write(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """Fill one slot; each is filled once."""
-        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, tuple(slot.shape)):
-            raise ValueError(f"{tensor.dtype} {list(tensor.shape)} where {slot.dtype} {list(slot.shape)} was announced")
-        self._entry(f"data/{self._keys.pop(slot)}", raw(tensor))
+    def write(self, slot: Slot, *parts: torch.Tensor, crc: int | None = None) -> None:
+        """Fill one slot; each is filled once. Of several tensors the rows one after another make it up.
+
+        `crc` is the CRC-32 of their bytes, where it is known.
+        """
+        rows = [tuple(part.shape) for part in parts]
+        shape = (sum(one[0] for one in rows), *rows[0][1:]) if rows[0] else ()
+        if {part.dtype for part in parts} != {slot.dtype} or shape != tuple(slot.shape):
+            raise ValueError(f"{parts[0].dtype} {list(shape)} where {slot.dtype} {list(slot.shape)} was announced")
+        self._entry(f"data/{self._keys.pop(slot)}", [raw(part) for part in parts], crc)
 
     def close(self) -> None:
         """End the file; every slot must have been filled."""
-        self._entry("version", b"3\n")
-        self._archive.close()
+        self._entry("version", [memoryview(b"3\n")])
+        start, size = self._file.tell(), sum(map(len, self._entries))
+        self._file.write(b"".join(self._entries))
+        count, small = len(self._entries), min(len(self._entries), _16_BITS)
+        self._file.write(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start))
+        self._file.write(struct.pack("<IIQI", 0x07064B50, 0, start + size, 1))
+        self._file.write(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, small, small, min(size, _32_BITS), min(start, _32_BITS), 0))
+        if not isinstance(self._file, Behind):
+            self._file.close()
         if self._keys:
             raise ValueError(f"{len(self._keys)} tensors were not written")
 
-    def _entry(self, name: str, data: bytes | memoryview) -> None:
-        info = zipfile.ZipInfo(f"{self._root}/{name}")
-        info.file_size = len(data)
-        large = 20 if info.file_size * 1.05 > zipfile.ZIP64_LIMIT else 0  # what zipfile adds to the header of such an entry
-        begins = self._archive.fp.tell() + 30 + len(info.filename.encode()) + large + 4  # type: ignore[union-attr]
-        filled = -begins % _ALIGNED
-        info.extra = struct.pack("<HH", _PADDING, filled) + bytes(filled)
-        with self._archive.open(info, "w") as entry:
-            entry.write(data)
+    def _entry(self, name: str, parts: list[memoryview], crc: int | None = None) -> None:
+        """One entry of the archive, uncompressed: a header, which tells the checksum of what follows, and that.
+
+        Sizes and places from 4 GiB on stand in a field of their own (PKWARE's APPNOTE, 4.3 and 4.5.3).
+        """
+        at, size, full = self._file.tell(), sum(map(len, parts)), f"{self._root}/{name}".encode()
+        if crc is None:
+            crc = 0
+            for part in parts:
+                crc = zlib.crc32(part, crc)
+        large = struct.pack("<HHQQ", 1, 16, size, size) if size >= _32_BITS else b""
+        filled = -(at + 30 + len(full) + len(large) + 4) % _ALIGNED
+        extra = large + struct.pack("<HH", _PADDING, filled) + bytes(filled)
+        known = struct.pack("<HHHHHIII", 45 if large else 20, 0, 0, 0, _DAY, crc, min(size, _32_BITS), min(size, _32_BITS))
+        self._file.write(struct.pack("<I", 0x04034B50) + known + struct.pack("<HH", len(full), len(extra)) + full + extra)
+        for part in parts:
+            self._file.write(part)
+        wide = ([size, size] if large else []) + ([at] if at >= _32_BITS else [])
+        more = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        place = struct.pack("<HHHHHII", len(full), len(more), 0, 0, 0, 0, min(at, _32_BITS))
+        self._entries.append(struct.pack("<IH", 0x02014B50, 45) + known + place + full + more)
 
 
 class _Storage:

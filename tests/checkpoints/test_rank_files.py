@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_yuan(tmp_path, tp, stages):
         said = {key: getattr(other["args"], key) for key in YUAN if key != "layernorm_epsilon"}
         assert said == {key: YUAN[key] for key in said} and other["checkpoint_version"] == 3.0
         assert (other["args"].tensor_model_parallel_size, other["args"].pipeline_model_parallel_size) == (tp, len(stages))
+        assert zipfile.ZipFile(written / "release" / path.parent.name / path.name).testzip() is None
         assert other["args"].add_position_embedding is False and other["args"].padded_vocab_size == 256
 
 
