@@ -132,6 +132,7 @@ def finetune(call: Call) -> Migration:
     layout(r)
     load(r)
     output(r, "sft")
+    r.fixed("template", "Alpaca", {"tokenizer.chat_template": "alpaca"}, note="its preamble, and headings before question and answer")
     schedule = {"optimizer.lr_decay_style": "cosine", "model.init_method_std": 0.01, "training.seed": 1234}
     r.fixed("optimizer", "", ADAM | schedule, note="without warm-up: with one, optimizer.lr_warmup_fraction=0.03")
     r.fixed("evaluation", "", {"training.eval_interval": 1000, "training.eval_iters": 10})
@@ -197,6 +198,8 @@ def deepspeed(call: Call) -> Migration:
     _load_hugging_face(r)
     output(r, "sft")
     r.fixed("optimizer", "", ADAM | {"optimizer.lr_decay_style": "constant"}, note="its schedule: no warm-up, a constant rate")
+    note = "its rows have no template; here the answer follows the question on a line of its own, and an input is read too"
+    r.fixed("template", "none", {"tokenizer.chat_template": "plain"}, note=note)
     r.fixed("saving", "500", {"checkpoint.save_interval": 500}, trap=traps.SAVES_NOTHING)
     migration = r.done("sft", "sft_deepspeed", "Fine-tuning of")
     migration.first = "convert"

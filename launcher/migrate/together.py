@@ -108,7 +108,7 @@ def _yuan(lines: list[Line], verb: str) -> None:
         reset.note, reset.became = "the run starts at step 0", {"checkpoint.finetune": True}
     data = find(lines, "--data-path")
     if sft and data:
-        sft.note = "yuan sft"
+        sft.note, sft.became = "yuan sft", {"tokenizer.chat_template": "yuan"}
         sft.trap = "the released *_sft.sh keep pretraining's learning rate and steps, and cut half of the documents at random. "
         sft.trap += "The paper fine-tuned with optimizer.lr=8e-5 for training.epochs=4 (and training.train_iters=null)"
         prefix = data.value.split()[-1]

@@ -134,7 +134,9 @@ EXPECTED = {
 
 ASSUMED = {"launch.device": "cuda", "launch.gpu_memory_gib": 80}
 for values, _ in EXPECTED.values():
-    values |= ASSUMED if "model.num_layers" in values and "convert.to" not in values else {}
+    values |= ASSUMED if "model.num_layers" in values and values.get("convert.to") != "mindspore" else {}
+for name, template in (("pai_finetune.sh", "alpaca"), ("pai_deepspeed.sh", "plain")):
+    EXPECTED[name][0]["tokenizer.chat_template"] = template
 
 
 @pytest.mark.parametrize("name", EXPECTED)
