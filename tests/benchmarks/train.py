@@ -233,6 +233,7 @@ def compare(shape: str, more: list[str], rounds: int) -> None:
     for _ in range(rounds):
         for name, found in steps.items():
             found += turn(name, words)
+            print(f"  a turn of {name}: {found[-1]}", file=sys.stderr, flush=True)
     work = tokens * flops_per_token(recipe) / 1e9
     print(f"  {'':<28} {'tokens/s':>9} {'seconds':>8} {'CPU s':>7}   GEMM peak, GFLOP/s: share of it (by CPU seconds)")
     shares = {name: report(name, found, tokens, work) for name, found in steps.items()}
