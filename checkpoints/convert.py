@@ -256,8 +256,9 @@ def compare(source: Source, sums: Mapping[str, int], progress: Callable[[int], N
         progress(whole.nbytes)
         return tensor.name, checksum(whole)
 
+    backwards = source.tensors[::-1]  # what was written last is still in the system's cache
     with ThreadPoolExecutor(2) as readers:  # so two tensors are in memory
-        wrong = [name for name, its_sum in readers.map(found, source.tensors) if its_sum != sums[name]]
+        wrong = [name for name, its_sum in readers.map(found, backwards) if its_sum != sums[name]]
     if wrong:
         raise CheckpointError(f"{source.path}: {', '.join(wrong[:8])} read back otherwise than written")
 

@@ -210,6 +210,8 @@ def _next(to: str, target: str) -> str:
         return f'AutoModelForCausalLM.from_pretrained("{target}")'
     if to == "mindspore":
         return f"yuan inspect {target}; MindFormers: load_checkpoint: {target}, auto_trans_ckpt: False"
+    if to in ("yuan", "pai"):
+        return f"yuan inspect {target}"
     return f"yuan generate --load {target} --input pred_input.jsonl"
 
 

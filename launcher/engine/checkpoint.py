@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints import folder as folders
 from checkpoints.folder import CheckpointError
+from checkpoints.formats.dialects import unfused
 from launcher.engine import optimizer_state
 from launcher.engine.model import unwrap
 from launcher.engine.train import Best, Pending, TrainState
@@ -281,4 +282,16 @@ def _read_torch(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimi
     loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if with_optimizer and recipe.parallel.use_distributed_optimizer:
         loaded["optimizer"]["param_state_file"] = path.with_name("distrib_optim.pt")
+    if not with_optimizer:  # its state follows the order of the parameters, which goes with their names
+        for key, chunk in zip(_chunk_keys(state.chunks), state.chunks, strict=True):
+            if key in loaded:
+                loaded[key] = _named_as(unwrap(chunk).state_dict(), loaded[key])
     return loaded
+
+
+def _named_as(own: dict, saved: dict) -> dict:
+    """The saved tensors under the names of the modules that load them: a norm may have been part of Transformer Engine's layer."""
+    names = {unfused(name): name for name in own}
+    found = {names.get(unfused(name), name): value for name, value in saved.items()}
+    states = {name: found.pop(name) for name in list(found) if name.endswith("_extra_state")}
+    return found | {name: states.get(name) for name in own if name.endswith("_extra_state")}

@@ -101,7 +101,7 @@ def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
     if not path.is_file():
         if describes_model(loaded):
             return loaded.recipe
-        fix = "name the recipe that describes its model: recipe=NAME"
+        fix = f"name the recipe that describes its model: recipe=NAME; of another tool's format: yuan convert {checkpoint} NEW_FOLDER"
         raise UserError("the checkpoint holds no recipe of its own", str(path), fix)
     try:
         return read_frozen(path)

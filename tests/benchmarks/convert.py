@@ -1,8 +1,8 @@
 """A large checkpoint of Yuan's shape from 32 stages to 8 tensor ranks: memory and time beside `cp` of the bytes written.
 
-    python -m tests.benchmarks.convert [FOLDER] [--gb 8]
+    python -m tests.benchmarks.convert [FOLDER] [--gb 8] [--rounds 2]
 
-Makes the source in FOLDER (default: the temporary folder; twice the size must be free), converts it, and removes both. A
+Makes the source in FOLDER (default: the temporary folder; five times the size must be free), converts it, and removes both. A
 file system's cache blurs such times: each way is measured twice, by turns, and the bytes are flushed to the disk.
 """
 
@@ -71,6 +71,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("folder", nargs="?", type=Path)
     arguments.add_argument("--gb", type=float, default=8.0)
+    arguments.add_argument("--rounds", type=int, default=2)
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="yuan-convert-") as place:
         folder, model = Path(place), model_of(given.gb)
@@ -82,7 +83,7 @@ def main() -> None:
         ways: dict[str, list[str]] = {
             "convert": [*yuan_command, "--tp", str(RANKS)], "cp -r": ["cp", "-r", str(folder / "target"), str(folder / "copy")],
         }  # fmt: skip
-        for _ in range(2):
+        for _ in range(given.rounds):
             for name, command in ways.items():
                 seconds, cpu, memory = measured(lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
                 written = bytes_of(folder / "target")
