@@ -70,10 +70,16 @@ def _fused(case: Case) -> Iterator[Problem]:
 
 
 def _room(case: Case, found: Found) -> Iterator[Problem]:
-    """Weights alone are written: no more than the source holds, nor than the model has in the target's precision."""
-    c, needed = case.recipe.convert, found.size
+    """Weights alone are written: no more than the source holds, nor than the model has in the target's precision.
+
+    Of files per rank each holds Yuan's filter whole, 2 h² numbers a layer.
+    """
+    c, m, needed = case.recipe.convert, case.recipe.model, found.size
     with contextlib.suppress(TypeError):  # a size of the model is not given: the source has its own recipe
-        needed = min(needed, parameters(case.recipe) * _BYTES[c.dtype])
+        size = parameters(case.recipe)
+        needed = min(needed, size * _BYTES[c.dtype])
+        if m.family == "yuan2" and TP in RANKS.get(c.to, (TP, PP)):
+            needed += needed * (c.tensor_model_parallel_size - 1) * 2 * m.hidden_size**2 * m.num_layers // size
     if not c.target:
         return
     there = existing(Path(c.target))
