@@ -25,7 +25,7 @@ VERBS = {
     "data": "Look at .bin and .idx: inspect, verify, repair, merge, index.",
     "pretrain": "Train from random weights, or resume a run.",
     "sft": "Fine-tune on questions and answers.",
-    "convert": "Checkpoints into other formats: Hugging Face, torch_dist, MindSpore.",
+    "convert": "Checkpoints into other formats and layouts.",
     "inspect": "Tell what a checkpoint is, and what is wrong with it.",
     "generate": "Answer a file of prompts from a checkpoint.",
     "doctor": "Look this machine over: versions, devices, speed.",
