@@ -98,3 +98,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(output, folder):
     assert "yuan generate" not in seen
     saved = int((folder / "runs/stopped/checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert saved >= 2
+
+
+def test_the_model_is_fine_tuned(output, folder):
+    """The example that follows the quickstart, two steps of it: questions before, training, the same questions after."""
+    command = [sys.executable, ROOT / "examples/finetune.py", "training.epochs=null", "training.train_iters=2", "training.eval_iters=1"]
+    done = subprocess.run(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    commands = [" ".join(line[2:].split()[:2]) for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert commands[1:] == ["yuan generate", "yuan sft", "yuan generate"]
+    assert re.search(r"^train      [\d,]+ rows in [\d,]+ samples of 128, \d+\.\d% filled", done.stdout, re.MULTILINE)
+    assert all(done.stdout.count(f"\n  {word} ") == 5 for word in ("before", "after", "true"))

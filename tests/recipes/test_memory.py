@@ -14,7 +14,7 @@ from tests.recipes.test_recipes import FILES, comments
 USUAL = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GiB of the GPUs that there are
 GPT2 = ["launch.device=cuda", "tokenizer.type=NullTokenizer", "tokenizer.vocab_size=50256", "tokenizer.vocab_file=null", "tokenizer.merge_file=null"]  # fmt: skip
 ON_GPUS = ("pretrain", "sft", "generate", "serve")
-WITHOUT = ("quickstart", "generate")  # for a CPU; for any checkpoint
+WITHOUT = ("quickstart", "quickstart_sft", "generate")  # for a CPU; for any checkpoint
 
 
 def needed(name: str) -> float:
