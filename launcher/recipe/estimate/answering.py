@@ -12,7 +12,7 @@ from launcher.recipe.estimate.activations import BYTES
 from launcher.recipe.estimate.memory import BASE, stage_parameters
 from launcher.recipe.estimate.stages import Chunk, chunks
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import widths
+from launcher.recipe.size import layer_parameters, widths
 
 PARTS = ("weights", "cache", "work", "base")
 
@@ -46,14 +46,23 @@ def answering_memory(recipe: Recipe) -> list[Answering]:
 
 def _rank(recipe: Recipe, stage: list[Chunk]) -> Answering:
     rows, positions = recipe.generate.batch_size, recipe.model.max_position_embeddings
-    weights = stage_parameters(recipe, stage) * BYTES[recipe.training.precision]
     layer = cached_position(recipe)
     layers = sum(chunk.layers for chunk in stage)
+    weights = stage_parameters(recipe, stage) * BYTES[recipe.training.precision] - _saved(recipe, layers)
     shortest = min(positions, 1 + recipe.generate.max_new_tokens)
     base = BASE[recipe.derived.device]
     # rows that have ended leave the batch: a layer's cache is there twice then
     work = max(_reading(recipe, rows * positions), rows * positions * layer, _logits(recipe, rows) if stage[-1].output else 0)
     return Answering(weights, layers * rows * positions * layer, work, base, weights + base + layers * shortest * layer)
+
+
+def _saved(recipe: Recipe, layers: int) -> int:
+    """By how much int8 makes the matrices of so many layers smaller, less the copy of one that is there at a time."""
+    if not recipe.model.quantize:
+        return 0
+    w, tp = widths(recipe), recipe.parallel.tensor_model_parallel_size
+    size = BYTES[recipe.training.precision]
+    return layers * layer_parameters(recipe)[0] // tp * (size - 1) - w.hidden * w.up // tp * size
 
 
 def cached_position(recipe: Recipe) -> int:

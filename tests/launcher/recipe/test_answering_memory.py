@@ -42,6 +42,13 @@ def test_weights_and_cache_are_those_of_the_published_sizes(workspace):
     assert sum(half.cache for half in halves) * 3 == one.cache and sum(half.weights for half in halves) == one.weights
 
 
+def test_int8_matrices_take_a_byte_a_number(workspace):
+    """Llama-2 70B: 68.5 billion numbers in its layers' matrices, of which a copy of the widest is in bf16 at a time."""
+    (whole,), (int8,) = (answering_memory(load([*ONE, *words]).recipe) for words in ((), ("model.quantize=int8",)))
+    matrices = 80 * (8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672)
+    assert whole.weights - int8.weights == matrices - 2 * 8192 * 2 * 28672
+
+
 def test_groups_fewer_than_ranks_are_cached_on_each(workspace):
     eight, sixteen = (
         answering_memory(load([*ONE, f"parallel.tensor_model_parallel_size={tp}", f"launch.nproc_per_node={tp}"]).recipe)[0].cache
