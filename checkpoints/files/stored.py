@@ -71,8 +71,9 @@ class Stored:
 
 
 def _elements(pages: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
-    if offset % dtype.itemsize:  # no format aligns by less, but a file may be written by hand
-        return torch.frombuffer(bytearray(pages[offset : offset + count * dtype.itemsize]), dtype=dtype)
+    if offset % dtype.itemsize:  # MindSpore aligns nothing
+        with memoryview(pages) as view:
+            return torch.frombuffer(bytearray(view[offset : offset + count * dtype.itemsize]), dtype=dtype)
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=offset)
 
 
