@@ -1,5 +1,7 @@
 """Optimizer, learning-rate schedule and batch-size calculator, from a recipe to megatron-core's objects."""
 
+import math
+
 import torch
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -48,10 +50,13 @@ class ClippingAdam(ChainedOptimizer):
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, None]:
-        """Whether the weights were updated (not where a gradient overflowed in fp16), and the norm before clipping."""
+        """Whether the weights were updated, and the norm before clipping: not where a gradient overflowed in fp16 (None) and
+        not where the norm is no finite number; then weights and moments are as they were."""
         if self.prepare_grads():
             return False, None, None
         norm, limit = self.get_grad_norm(), self.config.clip_grad
+        if not math.isfinite(norm):
+            return False, norm, None
         divisor = max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
         for part in self.chained_optimizers:
             if part.optimizer is not None:

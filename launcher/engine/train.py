@@ -67,7 +67,7 @@ class Window:
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradient norm is not a finite number."""
+    """The loss or the gradient is not a finite number, and a lower loss scale is no way out."""
 
 
 def build(recipe: Recipe) -> TrainState:
@@ -138,6 +138,34 @@ def most(count: int) -> int:
     return int(found.item())
 
 
+def refuse_not_finite(
+    recipe: Recipe, iteration: int, loss: torch.Tensor, grad_norm: float | None, updated: bool, scale: torch.Tensor
+) -> None:
+    """Raise NotFinite, on all ranks together, where going on would train nothing; `scale` is the loss scale of this step.
+
+    A gradient that overflowed in fp16 (`grad_norm` None) is no fault while the dynamic loss scale can still fall.
+    """
+    training = recipe.training
+    overflowed = training.precision == "fp16" and not updated
+    last = overflowed and (training.loss_scale is not None or scale.item() <= training.min_loss_scale)
+    not_finite, last = agreed(not (math.isfinite(grad_norm or 0.0) and bool(torch.isfinite(loss))), last)
+    if not_finite:
+        what = f"the loss or the gradient is not finite at iteration {iteration} (loss {loss.item()}, gradient norm {grad_norm})"
+    elif last and training.loss_scale is not None:
+        what = (
+            f"the gradient overflowed at iteration {iteration} with training.loss_scale={training.loss_scale:g}, which stays as it "
+            "is: take a lower one, or null for one that adapts"
+        )
+    elif last:
+        what = (
+            f"the gradient overflowed at iteration {iteration} with the loss scale at its floor, "
+            f"training.min_loss_scale={training.min_loss_scale:g}: a lower floor or training.precision=bf16 may do"
+        )
+    else:
+        return
+    raise NotFinite(f"{what}; this step is not saved; the same command goes on from the newest checkpoint, if there is one")
+
+
 class Trainer:
     """Runs a recipe from the state's step to the end, a signal or a time limit."""
 
@@ -190,8 +218,9 @@ class Trainer:
 
     def _step(self) -> None:
         recipe, state = self.recipe, self.state
+        scale = state.optimizer.get_loss_scale()  # a step that overflows lowers it
         loss, grad_norm, updated = train_step(recipe, state, self.batches)
-        self._refuse_not_finite(loss, grad_norm)
+        refuse_not_finite(recipe, state.iteration, loss, grad_norm, updated, scale)
         self.window.losses.append(loss)
         self.window.updated.append(updated)
         self.window.steps += 1
@@ -210,15 +239,6 @@ class Trainer:
     def _stopped_early(self) -> bool:
         patience = self.recipe.training.early_stop_patience
         return patience is not None and self.state.best.worse >= patience
-
-    def _refuse_not_finite(self, loss: torch.Tensor, grad_norm: float | None) -> None:
-        if self.recipe.training.precision == "fp16" and self.recipe.training.loss_scale is None:
-            return  # the dynamic loss scale skips such steps
-        if agreed(not (math.isfinite(grad_norm or 0.0) and bool(torch.isfinite(loss)))):
-            raise NotFinite(
-                f"the loss or the gradient is not finite at iteration {self.state.iteration} (gradient norm {grad_norm}); "
-                "this step is not saved; the same command goes on from the newest checkpoint, if there is one"
-            )
 
     def _settle(self) -> None:
         """Move the window's losses into the state, as numbers, the same on every rank."""

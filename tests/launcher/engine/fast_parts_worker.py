@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -29,7 +30,8 @@ def main(recipe, folder, stop) -> None:
     from launcher.engine.initialize import finish, initialize
 
     initialize(recipe)
-    found = {"loss": losses(), "gradients": {name: gradients(*case) for name, case in CASES.items()}, "clip": clipped()}
+    found = {"loss": losses(), "gradients": {name: gradients(*case) for name, case in CASES.items()}}
+    found |= {"clip": clipped(), "refusals": refusals()}
     if dist.get_rank() == 0:
         (folder.path / "result.json").write_text(json.dumps(found))
     finish()
@@ -142,7 +144,43 @@ def clipped() -> float:
         plain.step()
         updated, told, _ = optimizer.step()
         assert updated and abs(told / norm.item() - 1) < 1e-5
+    assert nothing_moves(optimizer, ours)
     return max((p - c).abs().max().item() for p, c in zip(ours, copies, strict=True)) / o.lr
+
+
+def nothing_moves(optimizer, parameters: list[torch.Tensor]) -> bool:
+    """Whether gradients that are no numbers leave weights and moments as they are."""
+    held = [*parameters, *(value for part in optimizer.chained_optimizers for state in part.optimizer.state.values() for value in state.values())]
+    before = [tensor.detach().clone() for tensor in held]
+    for bad in (float("nan"), float("inf")):
+        parameters[0].main_grad.view(-1)[0] = bad
+        updated, norm, _ = optimizer.step()
+        assert not updated and not math.isfinite(norm)
+    return len(held) == 4 * len(parameters) and all(map(torch.equal, held, before))
+
+
+def refusals() -> dict[str, str]:
+    """What stops a run in fp16, by the case: of the loss, the loss scale, whether a step was taken, on one rank of two."""
+    from launcher.engine.train import NotFinite, refuse_not_finite
+
+    cases = {
+        "taken": (1.0, 8.0, True, None),
+        "skipped": (1.0, 8.0, False, None),
+        "at the floor": (1.0, 2.0, False, None),
+        "fixed": (1.0, 8.0, False, 8.0),
+        "fixed, taken": (1.0, 8.0, True, 8.0),
+        "loss": (math.nan, 8.0, False, None),
+    }
+    found, recipe, other = {}, tiny("fast"), dist.get_rank() == 1
+    recipe.training.precision, recipe.training.min_loss_scale = "fp16", 2.0
+    for name, (loss, scale, updated, fixed) in cases.items():
+        recipe.training.loss_scale, found[name] = fixed, ""
+        loss = torch.tensor(1.0 if other else loss)  # the other is no last pipeline stage
+        try:
+            refuse_not_finite(recipe, 7, loss, 1.0 if updated else None, updated, torch.tensor([scale]))
+        except NotFinite as fault:
+            found[name] = str(fault)
+    return found
 
 
 if __name__ == "__main__":

@@ -32,5 +32,12 @@ def test_every_gradient_is_megatron_cores(found, name):
     assert found["gradients"][name] < 1e-5
 
 
+def test_a_run_stops_where_no_loss_scale_would_help(found):
+    told = found["refusals"]
+    assert not told["taken"] and not told["skipped"] and not told["fixed, taken"]
+    for name, words in {"at the floor": "training.min_loss_scale=2", "fixed": "training.loss_scale=8", "loss": "loss nan"}.items():
+        assert words in told[name] and "iteration 7" in told[name]
+
+
 def test_clipping_and_update_are_torchs(found):
     assert found["clip"] < 1e-4

@@ -77,3 +77,10 @@ def test_fp16_skips_steps_that_overflow_and_lowers_the_scale(small, straight):
     record = records(small / "runs" / name / "metrics.jsonl")
     assert record[0]["skipped_iterations"] == 1 and record[0]["grad_norm"] is None and record[0]["learning_rate"] == 0.0
     assert record[1]["loss_scale"] == record[0]["loss_scale"] / 2
+
+
+def test_fp16_with_a_fixed_scale_that_overflows_fails(small):
+    words = ["recipe=small", "run.name=fixed", *layout(), "training.precision=fp16", "training.loss_scale=1e9"]
+    done = yuan(small, "pretrain", *words, check=False)
+    assert done.returncode not in (0, 2) and "training.loss_scale=1e+09" in done.stderr
+    assert not list((small / "runs" / "fixed" / "checkpoints").glob("iter_*"))
