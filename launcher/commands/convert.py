@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import shutil
 import sys
 import time
@@ -25,6 +27,7 @@ from launcher.recipe.schema import Recipe
 if TYPE_CHECKING:  # it imports torch
     from checkpoints.formats.base import Source
 
+_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 _WORDS_HELP = "The checkpoint's folder and the folder to write; a recipe, and values that override its own."
 _TO_HELP = "The format to write. Default: torch_dist, which loads at any TP and PP."
 _DTYPE_HELP = "Precision of what is written: bf16, fp16 or fp32. Default: the source's."
@@ -137,6 +140,7 @@ def _run(loaded: Loaded) -> None:
         else:
             _copy(tokenizer.files, weights if asked.to in conversion.BARE else weights.parent)
 
+    _give_memory_back()
     started = time.monotonic()
     with _Meter(2 * size) as meter:
         conversion.convert(source, Path(asked.target or ""), wanted, carry, meter.show)
@@ -147,6 +151,13 @@ def _run(loaded: Loaded) -> None:
         typer.echo(_errors(source.errors))
     typer.echo(f"done       {len(source.tensors)} tensors, {size / 1e6:,.1f} MB in {seconds:.1f} s, read back and found equal")
     typer.echo(f"next       {_next(asked.to, str(asked.target))}")
+
+
+def _give_memory_back() -> None:
+    """Have glibc return what is freed to the system. By itself it keeps blocks below a threshold that grows with them, up to
+    32 MB: tensors of 46 MB cut for 4 ranks took 0.9 GB of memory instead of 0.5."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def _plan(source: Source, found: Found, to: str, target: str, precisions: list[str], size: int) -> str:
