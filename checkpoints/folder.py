@@ -50,6 +50,11 @@ def holds_weights_alone(checkpoint: Path) -> bool:
     return checkpoint.name == RELEASE
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, `iter_0001000` or `release`: what it is in holds a run or a model."""
+    return bool(_NAME.fullmatch(path.name)) or holds_weights_alone(path)
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, oldest first."""
     if not folder.is_dir():
@@ -68,7 +73,7 @@ def newest_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: nothing is there, or the tracker names a checkpoint that is not there.
     """
-    if _NAME.fullmatch(path.name) or holds_weights_alone(path):
+    if is_checkpoint(path):
         if path.is_dir():
             return path
         raise CheckpointError(f"there is no checkpoint {path}")

@@ -10,6 +10,7 @@ from typing import Literal
 from checkpoints.folder import CheckpointError, newest_checkpoint
 
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_MINDSPORE_RANK = re.compile(r"rank_(0|[1-9]\d*)")
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")  # Megatron-LM's and Yuan's; Pai's of 2023 with the distributed optimizer
 
 
@@ -40,7 +41,7 @@ def recognise(path: Path) -> Found:
     if not path.is_dir():
         raise CheckpointError(f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder")
     if list(path.glob("rank_*/*.ckpt")):
-        return Found(path, "mindspore", _mindspore_ranks(path), 1, _size(path))
+        return Found(path, "mindspore", len(mindspore_ranks(path)), 1, _size(path))
     if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
         return Found(path, "hf", 1, 1, _size(path))
     folder = path if _is_whole(path) else newest_checkpoint(path)
@@ -77,12 +78,19 @@ def _instead(rank: Path) -> str:
     return f" ({rank.name} holds {there})" if there else ""
 
 
-def _mindspore_ranks(path: Path) -> int:
-    ranks = [int(match[1]) for one in path.iterdir() if (match := re.fullmatch(r"rank_(\d+)", one.name))]
-    missing = [f"rank_{rank}" for rank in range(max(ranks) + 1) if not list((path / f"rank_{rank}").glob("*.ckpt"))]
-    if missing:
-        raise CheckpointError(f"{path} has no .ckpt for {', '.join(missing[:4])} of its {max(ranks) + 1} ranks")
-    return max(ranks) + 1
+def mindspore_ranks(path: Path) -> list[Path]:
+    """The folders `rank_0`, `rank_1`, … of MindSpore's checkpoint, in this order, each of which holds a .ckpt.
+
+    Raises:
+        CheckpointError: ranks are missing, or a folder is there that may be a rank's or not, such as `rank_0_old`.
+    """
+    holding = {one.parent.name for one in path.glob("rank_*/*.ckpt")}
+    if others := sorted(name for name in holding if not _MINDSPORE_RANK.fullmatch(name)):
+        raise CheckpointError(f"{path} holds a .ckpt in {', '.join(others[:4])}, no rank's folder (rank_0, rank_1, …): move it elsewhere, or rename it")
+    count = 1 + max(int(match[1]) for one in path.iterdir() if (match := _MINDSPORE_RANK.fullmatch(one.name)))
+    if missing := [name for rank in range(count) if (name := f"rank_{rank}") not in holding]:
+        raise CheckpointError(f"{path} has no .ckpt for {', '.join(missing[:4])} of its {count} ranks")
+    return [path / f"rank_{rank}" for rank in range(count)]
 
 
 def _size(path: Path) -> int:

@@ -11,9 +11,9 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,13 +21,46 @@ from checkpoints.files import mindspore as file
 from checkpoints.folder import MANIFEST, CheckpointError, UnsaidError
 from checkpoints.formats.base import Readable, Source, Target
 from checkpoints.formats.hf import TOKENIZER_FILES, model_of, read_config, write_json
-from checkpoints.formats.rank_files import Shares
+from checkpoints.formats.rank_files import Shares, same
 from checkpoints.models import mindformers
 from checkpoints.models.mindformers import Cut, Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
+from checkpoints.recognise import mindspore_ranks
 
 Rank = Mapping[str, Readable]
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A tensor of which data-parallel replicas, of `first` and the ranks after it, hold the shares again and again."""
+
+    shares: Shares
+    copies: tuple[Readable, ...]
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shares.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shares.dtype
+
+    def read(self) -> torch.Tensor:
+        """The whole.
+
+        Raises:
+            CheckpointError: a rank holds something else than the one whose copy it should be.
+        """
+        width = len(self.shares.shares)
+        for number, copy in enumerate(self.copies):
+            if not same(self.shares.shares[number % width], copy):
+                rank, other = self.first + width + number, self.first + number % width
+                raise CheckpointError(f"{self.shares.tensor.name}: rank_{rank} should hold a data-parallel copy of rank_{other}'s, and holds something else")
+        return self.shares.read()
+
+
 _TABLE, _WO = "model.tok_embeddings.embedding_weight", "attention.wo."
 _TABLES = (_TABLE, "lm_head.weight")
 
@@ -39,10 +72,9 @@ def read_ranks(folder: Path) -> list[dict[str, file.Pieces]]:
     """The tensors of each rank. Of several files of a rank the one whose name ends in the highest number, as MindSpore has it.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or ranks are missing.
     """
-    paths = sorted(folder.glob("rank_*/"), key=lambda path: int(path.name[5:]) if path.name[5:].isdecimal() else -1)
-    return [file.read(rank_file(path)) for path in paths if list(path.glob("*.ckpt"))]
+    return [file.read(rank_file(path)) for path in mindspore_ranks(folder)]
 
 
 def rank_file(folder: Path) -> Path:
@@ -78,7 +110,9 @@ def open_source(folder: Path, model: Model | None = None, fused: Fused | None = 
     for at, stage in zip(range(0, len(ranks), len(stages[0])), stages, strict=True):
         if len(stage) > width:
             left_out[f"rank_{at + width} to {at + len(stage) - 1}"] = f"data-parallel copies of rank_{at} to {at + width - 1}"
-        found |= _put_together(stage[:width], axes)
+        for name, shares in _put_together(stage[:width], axes).items():
+            copies = tuple(rank[name] for rank in stage[width:])
+            found[name] = _Copied(shares, copies, at) if copies else shares
     if not model.vocab_size:
         model = replace(model, vocab_size=found[_TABLE].shape[0] if _TABLE in found else 1)
     table = mindformers.foreign(model, cut, scale)
@@ -131,14 +165,14 @@ def _kind(folder: Path, names: set[str], fused_name: str, fused: Fused | None) -
     return fused
 
 
-def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict[str, Readable]:
+def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict[str, Shares]:
     """A stage's tensors, whole. Ranks may share out the vocabulary's tables or hold all of them, whatever the sizes: of one
     table they hold the same first row, of shares each another."""
-    found: dict[str, Readable] = {}
+    found: dict[str, Shares] = {}
     for name, one in stage[0].items():
         shares = tuple(rank[name] for rank in stage)
-        same = name in _TABLES and all(torch.equal(share.read()[:1], one.read()[:1]) for share in shares)
-        found[name] = Shares(Tensor(name, one.shape, None if same else axes.get(name)), shares)
+        whole = name in _TABLES and all(torch.equal(share.read()[:1], one.read()[:1]) for share in shares)
+        found[name] = Shares(Tensor(name, one.shape, None if whole else axes.get(name)), shares)
     return found
 
 
@@ -150,9 +184,29 @@ def _model(folder: Path, hf_config: Path | None) -> Model:
     return model_of(read_config(place), str(place / "config.json"))
 
 
+def agree_layout(folder: Path, fused: str) -> None:
+    """The conversion that wrote the ranks must not say otherwise than `fused` how fused matrices lie.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if (own := _own_layout(folder) or fused) != fused:
+        raise CheckpointError(f"{folder / MANIFEST} says that fused matrices lie as {own}, and --source-fused-layout says {fused}: leave it away")
+
+
 def _own_layout(folder: Path) -> Fused | None:
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")).get("fused_layout") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))["fused_layout"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): without it --source-fused-layout has to say how fused matrices lie; move it elsewhere for that"
+        ) from error
+    if own not in get_args(Fused):
+        raise CheckpointError(f"{path}: fused_layout is {own!r}, and {', '.join(get_args(Fused))} are known")
+    return own
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

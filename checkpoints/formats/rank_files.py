@@ -17,7 +17,7 @@ import torch
 
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored
-from checkpoints.folder import CheckpointError
+from checkpoints.folder import CheckpointError, is_checkpoint
 from checkpoints.formats import hf
 from checkpoints.formats.base import Readable, Source
 from checkpoints.formats.dialects import core, pai, unfused, yuan
@@ -103,7 +103,8 @@ class _Found:
         self.layers: list[int] = []  # of each part of the model, in the order in which it computes
         grid = [[self._rank(rank_name(t, p, pipeline)) for t in range(tensor)] for p in range(pipeline)]
         self.settings = vars(grid[0][0]["args"]) if isinstance(grid[0][0].get("args"), Namespace) else {}
-        self.version = grid[0][0].get("checkpoint_version", 0)
+        self.version = self._one([rank for stage in grid for rank in stage], "checkpoint_version", 0)
+        self._one([rank for stage in grid for rank in stage], "iteration", 0)
         parts = max(len(_models(rank)) for stage in grid for rank in stage)
         for part in range(parts):
             for p, stage in enumerate(grid):
@@ -119,6 +120,12 @@ class _Found:
         if path.with_name("distrib_optim.pt").is_file():
             self.left_out["distrib_optim.pt"] = _ALONE
         return content
+
+    def _one(self, ranks: list[dict[str, Any]], key: str, unsaid: Any) -> Any:
+        """A number that the files of all ranks should have alike."""
+        if len(found := {rank.get(key, unsaid) for rank in ranks}) > 1:
+            raise CheckpointError(f"{self.folder}: its ranks are not of one checkpoint, they say {key} {' and '.join(sorted(map(str, found)))}")
+        return found.pop()
 
     def _add(self, stage: int, ranks: list[dict[str, Any]]) -> None:
         """One part of the model on one stage."""
@@ -217,7 +224,12 @@ def open_source(
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer's and Hugging Face's files in a checkpoint, as runs have them, or beside it, as Pai has them."""
-    return sorted({path for place in (folder / "tokenizer", folder / "hf", folder.parent) for path in hf.companions(place)})
+    return sorted({path for place in (folder / "tokenizer", folder / "hf", *_above(folder)) for path in hf.companions(place)})
+
+
+def _above(folder: Path) -> list[Path]:
+    """The folder that a checkpoint is in, where that is one model's: what lies beside any other folder is not its own."""
+    return [folder.parent] if is_checkpoint(folder) else []
 
 
 def _other_ranks(settings: Mapping[str, Any], tensor: int, pipeline: int) -> str:
@@ -226,7 +238,7 @@ def _other_ranks(settings: Mapping[str, Any], tensor: int, pipeline: int) -> str
 
 
 def _config_beside(folder: Path) -> Path | None:
-    return next((place for place in (folder.parent, folder / "hf", folder) if (place / "config.json").is_file()), None)
+    return next((place for place in (*_above(folder), folder / "hf", folder) if (place / "config.json").is_file()), None)
 
 
 def _of_config(folder: Path, vocab_size: int | None) -> Model:
@@ -249,9 +261,10 @@ def _legacy(
             raise CheckpointError(
                 f"{found.folder} has {rows} rows in its vocabulary, and {config / 'config.json'} speaks of {ids} ids: --vocab-size {ids} if the"
                 f" others are padding, --vocab-size {rows} if tokens were added"
+                + _other_ranks(found.settings, tensor, found.pipeline)
             )
     if model is None:
-        model = legacy.model_of(found.settings, shapes, tensor, f"{found.folder} (args)", vocab_size or ours)
+        model = legacy.model_of(found.settings, shapes, tensor, found.pipeline, f"{found.folder} (args)", vocab_size or ours)
     if model.family == "yuan2":
         return "yuan", model, yuan().foreign(model)
     separate = [any(f".{name}." in one for one in shapes) for name in ("mlp.dense_h_to_4h_1", "self_attention.key_value")]

@@ -85,28 +85,51 @@ def expect_yuan(model: Model) -> None:
     )  # fmt: skip
 
 
-def model_of(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ranks: int, where: str, vocab_size: int | None) -> Model:
+def model_of(
+    args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ranks: int, stages: int, where: str, vocab_size: int | None
+) -> Model:
     """The model of a checkpoint that no config.json describes, by its settings and the tensors of its first layer.
 
     Args:
         shapes: of each tensor-parallel rank's share, by name.
-        ranks: tensor-parallel ranks.
+        ranks, stages: of tensor and pipeline parallelism, as there are files.
         vocab_size: ids; else all rows of the embedding count, as in the converters of Yuan 2.0 and Pai.
 
     Raises:
-        CheckpointError: what neither says is named, with the way to say it.
+        CheckpointError: what neither says is named, with the way to say it; the two contradict each other, as they do where
+            tensor-parallel ranks are missing at the end.
     """
     heads = args.get("num_attention_heads")
     if not heads or f"{_LAYER}self_attention.dense.weight" not in shapes or EMBEDDING not in shapes:
         raise CheckpointError(f"{where} does not say what the model is: --hf-config FOLDER, with its config.json")
     said = {"norm_epsilon": args.get("layernorm_epsilon"), "max_position_embeddings": args.get("seq_length")}
-    values = {**said, **{key: value for key, value in args.items() if value is not None}, **_of_tensors(shapes, ranks, heads)}
+    shown = _of_tensors(shapes, ranks, heads)
+    _agree(args, shown, ranks, stages, where)
+    values = {**said, **{key: value for key, value in args.items() if value is not None}, **shown}
     if values["family"] == "yuan2":  # numbers of its code, whatever its settings say
         values |= {"norm_epsilon": 1e-6, "rotary_base": 10000}
     turned = ["rotary_base"] * (values["position_embedding_type"] == "rope")
     if unsaid := [name for name in ("norm_epsilon", "max_position_embeddings", *turned) if not values.get(name)]:
         raise CheckpointError(f"{where} does not say {', '.join(unsaid)}: --hf-config FOLDER, with the model's config.json")
     return Model.of(values, where, vocab_size=vocab_size or values["rows"])
+
+
+def _agree(args: Mapping[str, Any], shown: Mapping[str, Any], ranks: int, stages: int, where: str) -> None:
+    """What settings say must be what the tensors show: those of half of the ranks are a model too, of half the heads' size.
+
+    How many stages there are matters only where the settings count no layers: blocks and stages put together explain others.
+    """
+    there = {**shown, "padded_vocab_size": shown["rows"], "tensor_model_parallel_size": ranks, "pipeline_model_parallel_size": stages}
+    said = {**args, "kv_channels": args.get("kv_channels") or shown["hidden_size"] // args["num_attention_heads"]}
+    names = ["tensor_model_parallel_size", "num_layers", "hidden_size", "kv_channels", "ffn_hidden_size", "padded_vocab_size"]
+    names += [] if args.get("num_layers") else ["pipeline_model_parallel_size"]
+    others = [f"{name} {said[name]}, the files hold {there[name]}" for name in names if said.get(name) and said[name] != there[name]]
+    if not others:
+        return
+    wanted = said.get("tensor_model_parallel_size") or ranks
+    missing = [f"mp_rank_{rank:02d}" + ("_*" if stages > 1 else "") for rank in range(ranks, wanted)]
+    mend = f"missing are {', '.join(missing)}" if missing else "if the settings are those of another layout or model: --hf-config FOLDER, with the model's config.json"
+    raise CheckpointError(f"{where} contradicts the tensors: it says {'; '.join(others)}\n    {mend}")
 
 
 def _of_tensors(shapes: Mapping[str, tuple[int, ...]], ranks: int, heads: int) -> dict[str, Any]:

@@ -69,6 +69,10 @@ def open_checkpoint(loaded: Loaded, found: Found, base: Recipe | None, fused_lay
     from checkpoints.convert import open_source
 
     asked = loaded.recipe.convert
+    if found.format == "mindspore" and fused_layout and fused_layout == asked.source_fused_layout:
+        from checkpoints.formats.mindspore import agree_layout
+
+        agree_layout(found.path, fused_layout)
     hf_config = Path(asked.hf_config) if asked.hf_config else None
     return open_source(found, source_model(loaded, base, found), asked.vocab_size, fused_layout, hf_config)  # type: ignore[arg-type]
 

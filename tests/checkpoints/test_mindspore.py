@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from checkpoints.convert import Wanted, convert, open_source  # noqa: E402
 from checkpoints.files import mindspore  # noqa: E402
 from checkpoints.folder import CheckpointError, UnsaidError  # noqa: E402
+from checkpoints.formats.mindspore import agree_layout  # noqa: E402
 from checkpoints.recognise import recognise  # noqa: E402
 from tests.checkpoints import mindspore_fixtures as fixtures  # noqa: E402
 from tests.checkpoints.mindspore_fixtures import LAYERS, config, encoded, parts, rank  # noqa: E402
@@ -135,6 +136,10 @@ def test_a_training_of_two_stages_and_two_replicas(tmp_path):
     assert holds(found, whole)
     assert found.left_out["rank_6 to 7"] == "data-parallel copies of rank_4 to 5"
     assert found.left_out["adam_m.model.layers.0.attention.wq.weight"] == found.left_out["global_step"] == "the training's"
+    ranks[7]["model.layers.2.attention.wq.weight"] = ranks[7]["model.layers.2.attention.wq.weight"] + 1
+    found = source(fixtures.write(tmp_path / "differ", ranks, config(4, 4, 40)))
+    with pytest.raises(CheckpointError, match="layers.2.attention.wq.weight: rank_7 should hold a data-parallel copy of rank_5's"):
+        convert(found, tmp_path / "to", Wanted("hf"), lambda weights: None)
 
 
 def test_the_file_with_the_highest_number_is_the_ranks(tmp_path):
@@ -158,6 +163,19 @@ def test_what_is_not_said_is_asked_for(tmp_path):
     assert found.left_out == {f"{name}[38:]": "2 rows that pad the vocabulary" for name in ("model.tok_embeddings.embedding_weight", "lm_head.weight")}
     with pytest.raises(CheckpointError, match="--fused-layout separate, concat or grouped"):
         convert(found, tmp_path / "to", Wanted("mindspore"), lambda weights: None)
+
+
+def test_what_the_manifest_says_of_the_layout(tmp_path):
+    path = folder(tmp_path / "one", parts(), "concat", 1, config=config(4, 4, 40))
+    (path / "conversion.json").write_text('{"fused_layout": "concat"}')
+    assert holds(source(path), parts())
+    agree_layout(path, "concat")
+    with pytest.raises(CheckpointError, match="lie as concat, and --source-fused-layout says grouped"):
+        agree_layout(path, "grouped")
+    for text, words in (("{", "cannot be read"), ("{}", "cannot be read .'fused_layout'"), ('{"fused_layout": "other"}', "'other', and separate, concat")):
+        (path / "conversion.json").write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            source(path, fused_layout="concat")
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

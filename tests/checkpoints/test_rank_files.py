@@ -212,6 +212,10 @@ def _nan(content):
     content["model"]["language_model"]["encoder"]["layers.0.mlp.dense_4h_to_h.weight"][0, 0] = float("nan")
 
 
+def _later(content):
+    content["iteration"] = 500
+
+
 def _old(content):
     content["checkpoint_version"] = 1.0
     encoder = content["model"]["language_model"]["encoder"]
@@ -227,6 +231,7 @@ DAMAGE = {
     "a tensor has another name": ("mp_rank_0*_001", _renamed, r"missing: .*layers.3.mlp.dense_4h_to_h.weight\s+not known: .*wieght"),
     "the head is no copy": ("mp_rank_00_001", _head, "word_embeddings_for_head.weight should be a copy of .*embedding.* and is not"),
     "shares differ in shape": ("mp_rank_01_000", _shape, r"layers.0.mlp.dense_4h_to_h.weight is not of one kind .*\[16, 12\].*\[16, 5\]"),
+    "a rank is of another iteration": ("mp_rank_01_001", _later, "not of one checkpoint, they say iteration 1 and 500"),
     "a share is NaN": ("mp_rank_01_001", _nan, "decoder.layers.3.mlp.linear_fc2.weight holds NaN .* --allow-nan"),
     "an old order": ("mp_rank_0*_000", _old, "checkpoint_version 1.0"),
     "code": ("mp_rank_01_001", lambda c: c.update(args=Evil()), "asks for posix.system, .* nothing of it was run"),
@@ -253,6 +258,42 @@ def test_stages_that_are_missing_at_the_end_are_told(tmp_path):
     shutil.rmtree(tmp_path / "release" / "mp_rank_00_001")
     with pytest.raises(CheckpointError, match="no weights .* for mp_rank_00_001 of its 2 ranks"):
         source(tmp_path / "release")
+
+
+CONTRADICTIONS = {
+    "two of four ranks": ({"tensor_model_parallel_size": 4}, 2, r"tensor_model_parallel_size 4, the files hold 2(.|\n)*missing are mp_rank_02, mp_rank_03"),
+    "ranks that nothing counts": ({}, 2, "kv_channels 4, the files hold 2"),
+    "layers": ({"num_layers": 99}, 4, r"num_layers 99, the files hold 5\n.*another layout or model: --hf-config FOLDER"),
+    "ffn": ({"ffn_hidden_size": 48}, 4, "ffn_hidden_size 48, the files hold 24"),
+    "vocabulary": ({"padded_vocab_size": 256}, 4, "padded_vocab_size 256, the files hold 132"),
+    "stages, and no layers": ({"num_layers": None, "pipeline_model_parallel_size": 2}, 4, "pipeline_model_parallel_size 2, the files hold 1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["yuan", "v0.6"])
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_settings_that_contradict_the_tensors(tmp_path, kind, case):
+    """Half of the ranks are a model too, of heads half as wide: only the settings tell."""
+    args, ranks, words = CONTRADICTIONS[case]
+    yuan, root = kind == "yuan", tmp_path / "release"
+    fixtures.write(root, fixtures.parts(yuan=yuan), kind, 4, EVEN, yuan, YUAN | {"norm_epsilon": 1e-6, "rotary_base": 10000} | args)
+    for rank in range(ranks, 4):
+        shutil.rmtree(root / f"mp_rank_{rank:02d}")
+    with pytest.raises(CheckpointError, match=words):
+        source(root)
+    if kind == "v0.6" and ranks == 4:  # a config.json stands above settings
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_key_value_heads": HEADS}))
+        assert holds(source(root), fixtures.expected(fixtures.parts(), tied=False))
+
+
+def test_what_lies_beside_a_folder_that_is_no_checkpoints_is_not_its_own(tmp_path):
+    args = YUAN | {"norm_epsilon": 1e-6, "rotary_base": 10000}
+    for name in ("release", "mine"):
+        fixtures.write(tmp_path / name, fixtures.parts(), "v0.6", 1, EVEN, False, args)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_key_value_heads": HEADS, "max_position_embeddings": 64}))
+    found = {name: source(tmp_path / name) for name in ("release", "mine")}
+    assert {name: one.model.max_position_embeddings for name, one in found.items()} == {"release": 64, "mine": 32}
+    assert [len(one.companions) for one in found.values()] == [1, 0]
 
 
 def test_layouts_that_cannot_be_are_refused(tmp_path):

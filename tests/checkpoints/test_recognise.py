@@ -42,6 +42,11 @@ def test_the_other_formats(tmp_path):
     (tmp_path / "ms/rank_1/llama1.ckpt").unlink()
     with pytest.raises(CheckpointError, match="rank_1 of its 4 ranks"):
         recognise(tmp_path / "ms")
+    for name in ("rank_0_old", "rank_old", "rank_00"):
+        write(tmp_path / name / "ms/rank_0/llama.ckpt", tmp_path / name / "ms" / name / "llama.ckpt", tmp_path / name / "alone" / name / "x.ckpt")
+        for one in ("ms", "alone"):
+            with pytest.raises(CheckpointError, match=f"a .ckpt in {name}, no rank's folder"):
+                recognise(tmp_path / name / one)
 
 
 def test_what_is_no_checkpoint(tmp_path):
