@@ -38,7 +38,6 @@ _WITHIN: dict[str, tuple[str, ...]] = {
 }
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 CONV2D = Layout(lambda whole: [whole[..., None]], lambda pieces: pieces[0][..., 0])  # [out, in, 2, 1], a kernel over tokens
-TIED_COPIES = True  # its files hold lm_head.weight, although it is the embedding
 
 
 def foreign(model: Model) -> list[Foreign]:
