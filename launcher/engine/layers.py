@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import scaled_dot_product_attention
 
 from launcher.engine.attention import causal_attention_with_dropout, documents
-
 from launcher.engine.quantized import Int8ColumnParallelLinear, Int8RowParallelLinear
 
 

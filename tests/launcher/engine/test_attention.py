@@ -33,6 +33,40 @@ def test_its_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(drawn_alike, [x.detach().requires_grad_() for x in inputs()])
 
 
+def unfused(query, key, value, gone, dropout: float, scale: float) -> torch.Tensor:
+    """As megatron-core's own: softmax in fp32 or better, the products in the inputs' precision."""
+    later = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).triu(1)
+    scores = torch.bmm(query, key.transpose(1, 2)) * scale
+    if scores.dtype != torch.double:
+        scores = scores.float()
+    probabilities = torch.softmax(scores.masked_fill(later, float("-inf")), -1).to(query.dtype)
+    return torch.bmm(probabilities.masked_fill(gone, 0.0) / (1 - dropout), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_its_gradients_are_no_less_exact_than_the_unfused_ones(dtype):
+    torch.manual_seed(3)
+    *inputs, out = torch.randn(4, 4, 90, 16).to(dtype)
+    gone = torch.zeros(4, 90, 90, dtype=torch.bool)
+    torch.manual_seed(4)
+    for start in range(0, 90, 3):  # the same mask, drawn block by block
+        gone[:, start : start + 3, : start + 3] = torch.empty(4, 3, start + 3, dtype=torch.bool).bernoulli_(0.1)
+    torch.manual_seed(4)
+    ways = {
+        "exact": (lambda *x: unfused(*x, gone, 0.1, 0.25), [x.double() for x in inputs]),
+        "unfused": (lambda *x: unfused(*x, gone, 0.1, 0.25), inputs),
+        "ours": (lambda *x: attention.causal_attention_with_dropout(*x, 0.1, 0.25), inputs),
+    }
+    found = {}
+    for name, (way, tensors) in ways.items():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        context = way(*leaves)
+        found[name] = [context, *torch.autograd.grad(context, leaves, out.to(context.dtype))]
+    for exact, theirs, ours in zip(*found.values(), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).norm() < 1.05 * (theirs.double() - exact).norm()
+
+
 def test_it_drops_that_share_and_keeps_the_mean():
     torch.manual_seed(2)
     query, key = torch.zeros(2, 400, 50, 4)  # every key alike to every query
