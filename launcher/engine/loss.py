@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.add_to_main_grad:
             weight.main_grad.add_(weight_grad, alpha=factor.item())
             weight.grad_added_to_main_grad = True  # what is returned only tells the hooks that it is there
-            weight_grad = None if ctx.tied_here else weight_grad
+            weight_grad = None if ctx.tied_here else torch.empty_like(weight)
         else:
             weight_grad = weight_grad.mul_(factor).to(weight.dtype)
         return hidden_grad, weight_grad, *[None] * 7
