@@ -41,6 +41,7 @@ CASES = {
     "gpt": f"{GPT} {FUSED}",
     "gpt, dropout": GPT,
     "gpt, dropout, selective": f"{GPT} parallel.recompute_granularity=selective",
+    "gpt, documents apart": f"{GPT} {FUSED} data.reset_attention_mask=true",
     "gpt, TP 2": f"{GPT} {FUSED} {TWO} parallel.tensor_model_parallel_size=2",
     "gpt, PP 2": f"{GPT} {FUSED} {TWO} {PP_2}",
     "gpt, DP 2, distributed optimizer": f"{GPT} {FUSED} {TWO} parallel.use_distributed_optimizer=true",

@@ -73,17 +73,23 @@ def core_attention(recipe: Recipe) -> int:
     CPU a fused one with dropout (launcher/engine/attention.py) its mask up to the diagonal, and the context once more."""
     m, t, tp = recipe.model, recipe.training, recipe.parallel.tensor_model_parallel_size
     size = BYTES[t.precision]
-    mask = t.seq_length * tokens(recipe) * (1 + size) if recipe.data.reset_attention_mask else 0
     if fused_attention(recipe):
         if m.attention_dropout and recipe.derived.device == "cpu":
             repeated = 2 * (widths(recipe).query if m.num_query_groups < m.num_attention_heads else 0)
             seen = (t.seq_length + min(t.seq_length, DROPOUT_ROWS)) // 2
             return tokens(recipe) * (m.num_attention_heads * seen + (widths(recipe).query + repeated) * size) // tp
-        return tokens(recipe) * m.num_attention_heads * STATISTIC // tp + mask
+        masks = document_mask(recipe) * (1 + size) if recipe.derived.device == "cuda" else 0  # as bool and as floats
+        return tokens(recipe) * m.num_attention_heads * STATISTIC // tp + masks
     probabilities = STATISTIC if m.attention_softmax_in_fp32 else size
     dropout = 2 * size if recipe.derived.device == "cpu" else 1 + size
     repeated = 2 * tokens(recipe) * widths(recipe).query * size // tp if m.num_query_groups < m.num_attention_heads else 0
     return scores(recipe) * (probabilities + (dropout if m.attention_dropout else 0)) + repeated
+
+
+def document_mask(recipe: Recipe) -> int:
+    """The mask that keeps documents apart, a byte for each pair of tokens. A GPU's attention makes its own of it in each layer;
+    a CPU's attends to each document by itself."""
+    return recipe.training.seq_length * tokens(recipe) if recipe.data.reset_attention_mask else 0
 
 
 def fused_attention(recipe: Recipe) -> bool:

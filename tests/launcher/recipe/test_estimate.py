@@ -53,6 +53,17 @@ def test_activations_are_those_of_the_published_formula(tp):
         assert activations.layer(r) - statistics == sbh * 34 / tp
 
 
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_a_mask_of_documents_is_there_once_on_a_cpu_and_in_each_layer_on_a_gpu(dropout):
+    """A byte for each pair of 1,024 tokens in 4 samples; a GPU's attention keeps it in each of 24 layers, as bool and fp32."""
+    words = f"training.precision=fp32 training.micro_batch_size=4 model.attention_dropout={dropout}"
+    for device, times in [("cpu", 1), ("cuda", 24 * (1 + 4))]:
+        plain, apart = (
+            stage_memory(recipe(words, f"launch.device={device} data.reset_attention_mask={mask}"))[0] for mask in ("false", "true")
+        )
+        assert apart.activations - plain.activations == times * 4 * 1024 * 1024
+
+
 def test_recomputed_layers_keep_their_input_alone():
     """2sbh a layer with `uniform`; `block` keeps all of the layers that it does not recompute."""
     bf16 = "training.precision=bf16 parallel.recompute_granularity=full parallel.recompute_num_layers="
