@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from checkpoints.files.stored import DTYPES, NAMES, raw
-from checkpoints.folder import MANIFEST, RELEASE, TRACKER, CheckpointError
+from checkpoints.folder import MANIFEST, RELEASE, TRACKER, CheckpointError, flush, flush_one
 from checkpoints.formats import dialects, hf, mindspore, rank_files, torch_dist
 from checkpoints.formats.base import Source, Target
 from checkpoints.formats.dialects import Dialect
@@ -26,10 +27,13 @@ from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor, padded
 from checkpoints.recognise import Found, recognise
+from data_tools.errors import DataError
+from data_tools.lock import Lock
 
 READ, WRITTEN = ("hf", "torch_dist", "mindspore", "torch"), ("hf", "torch_dist", "mindspore", *dialects.FORMATS)
 QUANTIZED = ("torch_dist", "mindspore")
 BARE = ("hf", "mindspore")  # formats whose folder is the checkpoint itself, no folder of several
+_MARK = ".conversion"  # in a folder that a conversion is writing, and that the next one may remove
 VOCABULARY_MULTIPLE = 128  # rows of the tables in formats that are padded: Megatron-LM's default, which every usual TP divides
 Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call
 
@@ -102,7 +106,7 @@ def convert(
     Raises:
         CheckpointError: `folder` is there already, the format cannot hold this model, a tensor is damaged.
     """
-    with beside(folder) as part:
+    with beside(folder, source.path) as part:
         weights = part if wanted.to in BARE else part / RELEASE
         weights.mkdir(exist_ok=True)
         target = make_target(source, weights, wanted)
@@ -183,24 +187,55 @@ def nbytes(source: Source, types: Mapping[str, torch.dtype]) -> int:
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name, `folder`, when all went well; what a dead writer left is removed.
+def beside(folder: Path, source: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name, `folder`, when all went well; what a dead conversion left is removed.
 
     Raises:
-        CheckpointError: `folder` is there already and holds something.
+        CheckpointError: `folder` is there already and holds something, is or lies in `source` or the reverse, or another
+            conversion writes it.
     """
+    part, fix = folder.with_name(folder.name + ".part") if folder.name else folder, "give another target"
+    if folder.name in ("", "..") or folder.is_symlink():
+        raise CheckpointError(f"{folder} is {'a link' if folder.name not in ('', '..') else 'no name'}: what is converted gets a folder of its own", fix)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is there already")
-    part = folder.with_name(folder.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
+        raise CheckpointError(f"{folder} is there already", fix + ", or move that away")
+    whence, to, by = source.resolve(), folder.resolve(), part.resolve()
+    if whence in (to, *to.parents) or to in whence.parents or by in (whence, *whence.parents):
+        raise CheckpointError(f"{source} is what is read, and it would be written into: {folder} is written as {part} first", fix)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _begin(part, source)
+        try:
+            yield part
+            (part / _MARK).unlink()
+            flush(part)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        part.rename(folder)
+        flush_one(folder.parent)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
     try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    part.rename(folder)
+        lock = Lock(folder.with_name(folder.name + ".lock"))
+    except DataError as error:
+        raise CheckpointError(f"{folder}: {error.what}", "wait for it, or give another target") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _begin(part: Path, source: Path) -> None:
+    """An empty folder that bears our mark. One without it, of whatever name, is nobody's to remove."""
+    if part.is_symlink() or part.exists():
+        if part.is_symlink() or not part.is_dir() or any(part.iterdir()) and not (part / _MARK).is_file():
+            raise CheckpointError(f"{part} is in the way, and no conversion left it", "move it away, or give another target")
+        shutil.rmtree(part)
+    part.mkdir()
+    (part / _MARK).write_text(f"pid {os.getpid()}\nsource {source}\n", encoding="utf-8")
 
 
 def copy(source: Source, target: Target, progress: Callable[[int], None] = lambda count: None, allow_nan: bool = False) -> dict[str, int]:

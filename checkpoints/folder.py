@@ -23,7 +23,11 @@ _NAME = re.compile(r"iter_(\d{7,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing or cannot be used; the message names the path and what is wrong with it."""
+    """A checkpoint that is missing or cannot be used; the message names the path and what is wrong with it, `fix` the mend."""
+
+    def __init__(self, what: str, fix: str = ""):
+        super().__init__(what)
+        self.fix = fix
 
 
 class UnsaidError(CheckpointError):
@@ -104,16 +108,21 @@ def begin(folder: Path, iteration: int) -> Path:
 
 def commit(part: Path) -> Path:
     """Make a written checkpoint count: flush it to the disk, rename it, then move the tracker. Returns its folder."""
-    for path in sorted(part.rglob("*")):
-        if path.is_file():
-            _flush(path)
+    flush(part)
     checkpoint = part.with_name(part.name.removesuffix(".part"))
     if checkpoint.exists():  # the same iteration saved again, after a resume from an older one
         shutil.rmtree(checkpoint)
     part.rename(checkpoint)
-    _flush(checkpoint.parent)
+    flush_one(checkpoint.parent)
     _track(checkpoint.parent / TRACKER, iteration_of(checkpoint))
     return checkpoint
+
+
+def flush(folder: Path) -> None:
+    """See to it that all that a folder holds is on the disk, not in memory alone."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        if path.is_file() or path.is_dir():
+            flush_one(path)
 
 
 def mark_best(folder: Path, iteration: int) -> None:
@@ -124,7 +133,7 @@ def mark_best(folder: Path, iteration: int) -> None:
 def _track(tracker: Path, iteration: int) -> None:
     beside = tracker.with_name(tracker.name + ".part")
     beside.write_text(str(iteration), encoding="utf-8")
-    _flush(beside)
+    flush_one(beside)
     beside.replace(tracker)
 
 
@@ -141,7 +150,8 @@ def keep_last(folder: Path, count: int) -> list[Path]:
     return gone
 
 
-def _flush(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """See to it that a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

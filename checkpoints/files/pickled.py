@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+import re
 import struct
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,10 @@ _CARRIED_NAMES = {
     "torch.device", "torch.Size", "torch.storage._load_from_bytes",
 }  # fmt: skip
 
+_TENSORS = re.compile(r"torch\.\w+Storage|torch\._utils\._rebuild_(tensor_v2|parameter)|collections\.OrderedDict")
+_AGAIN = "copy or download it again"
+_DEEPEST = 64
+
 
 class Inert:
     """Stands for an object that is not needed: takes whatever it is given and does nothing with it."""
@@ -47,6 +52,19 @@ class Inert:
     def __setitem__(self, key: Any, value: Any) -> None: ...
     def append(self, value: Any) -> None: ...
     def extend(self, values: Any) -> None: ...
+
+
+class Settings(Namespace):
+    """A training's settings. A pickle sets attributes of an object alone: where it means a class, `self` is missing."""
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
+
+
+class Names(dict[Any, Any]):
+    """In place of an OrderedDict, whose methods a pickle could replace; its attributes (`_metadata`) are not needed."""
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 class Unpickler(pickle.Unpickler):
@@ -77,7 +95,7 @@ class Unpickler(pickle.Unpickler):
         except CheckpointError:
             raise
         except Exception as error:  # a damaged pickle raises a dozen kinds
-            raise CheckpointError(f"{self._path} is damaged: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{self._path} is damaged: {type(error).__name__}: {error}", _AGAIN) from error
 
 
 class _TorchUnpickler(Unpickler):
@@ -87,9 +105,9 @@ class _TorchUnpickler(Unpickler):
         allowed = {f"torch.{name}": dtype for name, dtype in _STORAGES.items()} | {
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
-            "collections.OrderedDict": OrderedDict,
-            "argparse.Namespace": Namespace,
-            "types.SimpleNamespace": Namespace,
+            "collections.OrderedDict": Names,
+            "argparse.Namespace": Settings,
+            "types.SimpleNamespace": Settings,
         }
         super().__init__(file, allowed, path)
         self._places = places
@@ -105,6 +123,8 @@ class _TorchUnpickler(Unpickler):
 
     def _tensor(self, storage: tuple[torch.dtype, int, int], start: int, shape: Any, strides: Any, *_: Any) -> Stored:
         dtype, offset, size = storage
+        if not all(type(number) is int for number in (start, *shape, *strides)):
+            raise CheckpointError(f"{self._path} is damaged: a tensor's shape holds what is no number", _AGAIN)
         stored = Stored(self._path, offset + start * dtype.itemsize, dtype, tuple(shape), tuple(strides))
         if min((start, *stored.shape, *strides), default=0) < 0 or start * dtype.itemsize + stored.nbytes > size:
             raise CheckpointError(f"{self._path} is damaged: a tensor lies outside its storage")
@@ -132,7 +152,19 @@ def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
             content = archive.read(f"{root}/data.pkl")
         except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-    return _TorchUnpickler(io.BytesIO(content), path, places).read()
+    found = _TorchUnpickler(io.BytesIO(content), path, places).read()
+    _expect_tree(found, path, set())
+    return found
+
+
+def _expect_tree(value: Any, path: Path, above: set[int]) -> None:
+    """Dictionaries and lists end somewhere: none is deep, or holds itself."""
+    if isinstance(value, (dict, list, tuple)):
+        if id(value) in above or len(above) > _DEEPEST:
+            raise CheckpointError(f"{path} is damaged: a dictionary or list in it holds itself, or is nested more than {_DEEPEST} deep", _AGAIN)
+        for one in value.values() if isinstance(value, dict) else value:
+            if isinstance(one, (dict, list, tuple)):
+                _expect_tree(one, path, above | {id(value)})
 
 
 def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tuple[str, dict[str, tuple[int, int]]]:
@@ -140,6 +172,8 @@ def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tu
     roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise CheckpointError(f"{path} is no file of torch.save: {len(roots)} data.pkl in it")
+    if packed := [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
+        raise CheckpointError(f"{path} is damaged: {packed[0]} is compressed, which torch.save never does", _AGAIN)
     if f"{roots[0]}/byteorder" in archive.namelist() and archive.read(f"{roots[0]}/byteorder") != b"little":
         raise CheckpointError(f"{path} was written on a big-endian machine")
     places = {}
@@ -149,8 +183,8 @@ def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tu
         view.seek(entry.header_offset + 26)
         names, extra = struct.unpack("<HH", view.read(4))
         at = entry.header_offset + 30 + names + extra
-        if entry.compress_type != zipfile.ZIP_STORED or at + entry.file_size > view.length:
-            raise CheckpointError(f"{path} is damaged: {entry.filename} is compressed or cut off")
+        if at + entry.file_size > view.length:
+            raise CheckpointError(f"{path} is damaged: {entry.filename} is cut off", _AGAIN)
         places[entry.filename.removeprefix(f"{roots[0]}/data/")] = (base + at, entry.file_size)
     return roots[0], places
 
@@ -163,9 +197,33 @@ def _is_old(path: Path) -> bool:
 
 def _read_old(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # its advice is to run what the file asks for
+        if asked := [name for name in _globals(path) if not _TENSORS.fullmatch(name)]:
+            what = f"{path} is of torch before 1.6 and asks for {', '.join(asked[:4])}, which is not read from such a file: nothing of it was run"
+            raise CheckpointError(what, "where you trust it, load it with the program that wrote it, and save it with a torch of today") from error
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}", _AGAIN) from error
+    _expect_tree(found, path, set())
+    return found
+
+
+def _globals(path: Path) -> list[str]:
+    """The names that the pickles of an old file ask for, read and not followed."""
+    found: dict[str, None] = {}
+    with open(path, "rb") as file:
+        try:
+            for _ in range(5):  # a number, the form, the system, the object, the storages' keys
+                texts: list[str] = []
+                for code, argument, _ in pickletools.genops(file):
+                    if code.name in ("GLOBAL", "INST"):
+                        found[argument.replace(" ", ".")] = None
+                    elif code.name == "STACK_GLOBAL":
+                        found[".".join(texts[-2:])] = None
+                    elif isinstance(argument, str):
+                        texts.append(argument)
+        except Exception:  # damaged: what was found until there
+            pass
+    return list(found)
 
 
 class _View(io.RawIOBase):

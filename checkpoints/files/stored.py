@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from checkpoints.folder import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int8"}
+_AGAIN = "copy or download the whole folder again"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        """A pickle can give any object another state: this one would then read another file."""
+        raise CheckpointError("a pickle changes where a tensor lies, which no checkpoint does: do not trust this file")
 
     @property
     def nbytes(self) -> int:
@@ -91,15 +97,17 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def inside(folder: Path, name: str, named_in: Path) -> Path:
+def inside(folder: Path, name: Any, named_in: Path) -> Path:
     """A file that an index names, which must lie in the index's own folder.
 
     Raises:
         CheckpointError: it is not there, or the name leads out of the folder.
     """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(f"{named_in} names {name!r}, which is no name of a file", _AGAIN)
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve().parent != folder.resolve() and not path.is_symlink():
         raise CheckpointError(f"{named_in} names {name!r}, which leads out of its folder")
     if not path.is_file():
-        raise CheckpointError(f"{named_in} names {name}, which is not there")
+        raise CheckpointError(f"{named_in} names {name}, which is not there", _AGAIN)
     return path

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,13 +100,14 @@ class Source:
         return gpt.tensors(self.model)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor."""
-        return self._found[self._table[name].names[0]].dtype
+        """The type of a tensor: of one that lies in several, the type that holds the numbers of all."""
+        return reduce(torch.promote_types, dict.fromkeys(self._found[one].dtype for one in self._table[name].names))
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor by its name in `tensors`: where it can be a view of the file, else put together in memory."""
         foreign = self._table[name]
-        whole = foreign.layout.join([self._found[one].read() for one in foreign.names])
+        dtype = self.dtype(name)
+        whole = foreign.layout.join([self._found[one].read().to(dtype) for one in foreign.names])
         return whole[: foreign.tensor.shape[0]]
 
 

@@ -39,13 +39,22 @@ from checkpoints.models.tensor import Tensor, pad
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _FILE_BYTES, _CHUNK_BYTES = 4 << 30, 256 << 20  # a rank that loads its share reads the chunks that touch it, each whole
 _ALIGNED = 64
-_ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}": getattr(metadata, name) for name in (
-    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
-    "StorageMeta", "_MEM_FORMAT_ENCODING",
+_AGAIN = "copy the whole checkpoint again, or take an older one"
+_LAYERS = "name the recipe that it was trained with, or mend num_layers in the one beside it"
+
+
+class _Tensor(pickled.Inert):
+    """Torch's TensorStorageMetadata; like all in `.metadata` it is what was saved of it, and no object of torch's."""
+
+
+_PLACE = "torch.distributed.checkpoint."
+_ALLOWED = {f"{_PLACE}metadata.{name}": pickled.Inert for name in (
+    "Metadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
 )} | {
-    "torch.distributed.checkpoint.filesystem._StorageInfo": filesystem._StorageInfo,
-    "torch.Size": torch.Size,
-    "torch.serialization._get_layout": lambda name: torch.strided,
+    f"{_PLACE}metadata.TensorStorageMetadata": _Tensor,
+    f"{_PLACE}filesystem._StorageInfo": pickled.Inert,
+    "torch.Size": tuple,
+    "torch.serialization._get_layout": pickled.Inert,
 }  # fmt: skip
 
 
@@ -116,6 +125,8 @@ def open_source(folder: Path, model: Model) -> Source:
     for tensor in gpt.tensors(model):
         key = key_of(tensor, model)
         if key in index:
+            if tensor.layer is not None and index[key].shape[:1] != (model.num_layers,):
+                raise CheckpointError(f"{folder}: {key} is of {index[key].shape[0] if index[key].shape else 0} layers, and the model has {model.num_layers}", _LAYERS)
             found[tensor.name] = index[key] if tensor.layer is None else _layer(index[key], tensor.layer)
         elif tensor.layer is not None and (apart := key.replace("layers.", f"layers.{tensor.layer}.", 1)) in index:
             found[tensor.name] = index[apart]  # layers that differ are not stacked
@@ -135,32 +146,59 @@ def _index(folder: Path) -> dict[str, Chunks]:
         raise CheckpointError(f"{folder} has no .metadata: it was not written to its end")
     with open(path, "rb") as file:
         known = pickled.Unpickler(file, _ALLOWED, path).read()
+    try:
+        return _tensors(known.state, folder, path)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: it is no index of tensors ({type(error).__name__}: {error})", _AGAIN) from error
+
+
+def _tensors(known: Mapping[str, Any], folder: Path, path: Path) -> dict[str, Chunks]:
+    places = {(index.state["fqn"], index.state.get("offset")): info.state for index, info in known["storage_data"].items()}
     files: dict[str, Path] = {}
     sizes: dict[str, int] = {}
     found = {}
-    for key, entry in known.state_dict_metadata.items():
-        if not isinstance(entry, metadata.TensorStorageMetadata):
+    for key, entry in known["state_dict_metadata"].items():
+        if not isinstance(entry, _Tensor):
             continue  # an object, such as the state of a random number generator
         chunks = []
-        for chunk in entry.chunks:
-            info = known.storage_data.get(metadata.MetadataIndex(key, chunk.offsets))
-            if info is None or info.transform_descriptors:
+        for chunk in entry.state["chunks"]:
+            start, size = (tuple(chunk.state[name]) for name in ("offsets", "sizes"))
+            info = places.get((key, start))
+            if info is None or info.get("transform_descriptors"):
                 raise CheckpointError(f"{path} does not say where {key} lies, or it is packed by an extension")
-            if info.relative_path not in files:
-                files[info.relative_path] = inside(folder, info.relative_path, path)
-                sizes[info.relative_path] = files[info.relative_path].stat().st_size
-            if info.offset + info.length > sizes[info.relative_path]:
-                what = f"is cut off: {key} should end at byte {info.offset + info.length:,}, and the file at {sizes[info.relative_path]:,}"
-                raise CheckpointError(f"{files[info.relative_path]} {what}")
-            chunks.append((tuple(chunk.offsets), tuple(chunk.sizes), (files[info.relative_path], info.offset, info.length)))
-        found[key] = _checked(Chunks(tuple(entry.size), entry.properties.dtype, tuple(chunks)), key, path)
+            file, offset, length = (info[name] for name in ("relative_path", "offset", "length"))
+            if file not in files:
+                files[file] = inside(folder, file, path)
+                sizes[file] = files[file].stat().st_size
+            if offset < 0 or offset + length > sizes[file]:
+                what = f"is cut off: {key} should end at byte {offset + length:,}, and the file at {sizes[file]:,}"
+                raise CheckpointError(f"{files[file]} {what}", _AGAIN)
+            chunks.append((start, size, (files[file], offset, length)))
+        dtype = entry.state["properties"].state[0]
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{path} does not say of which type {key} is", _AGAIN)
+        found[key] = Chunks(tuple(entry.state["size"]), dtype, tuple(chunks))
+        if not _whole(found[key]):
+            raise CheckpointError(f"{path} is damaged: the chunks of {key} do not make up {list(found[key].shape)}", _AGAIN)
     return found
 
 
-def _checked(whole: Chunks, key: str, path: Path) -> Chunks:
-    if sum(prod(size) for _, size, _ in whole.chunks) != prod(whole.shape):
-        raise CheckpointError(f"{path} is damaged: the chunks of {key} do not make up {list(whole.shape)}")
-    return whole
+def _whole(one: Chunks) -> bool:
+    """Whether its chunks cover it, and each number lies in one alone."""
+    if sum(prod(size) for _, size, _ in one.chunks) != prod(one.shape):
+        return False
+    spans = sorted([(at, at + length) for at, length in zip(start, size, strict=True)] for start, size, _ in one.chunks)
+    for number, span in enumerate(spans):
+        if len(span) != len(one.shape) or any(not 0 <= a <= b <= end for (a, b), end in zip(span, one.shape, strict=True)):
+            return False
+        for other in spans[number + 1 :]:
+            if not span or other[0][0] >= span[0][1]:
+                break  # sorted: those behind begin later still
+            if all(a < d and c < b for (a, b), (c, d) in zip(span, other, strict=True)):
+                return False
+    return True
 
 
 def _layer(stacked: Chunks, layer: int) -> Chunks:

@@ -24,7 +24,7 @@ def test_a_checkpoint_counts_when_it_is_whole(tmp_path):
     assert (tmp_path / TRACKER).read_text() == "1000"
 
 
-@pytest.mark.parametrize("dies_in", ["_flush", "Path.rename", "Path.replace"])
+@pytest.mark.parametrize("dies_in", ["flush_one", "Path.rename", "Path.replace"])
 def test_a_writer_that_dies_leaves_the_one_before(tmp_path, monkeypatch, dies_in):
     write(tmp_path, 1)
     part = begin(tmp_path, 2)
