@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints.folder import CheckpointError
 from checkpoints.models import gpt
-from checkpoints.models.config import expect, need
+from checkpoints.models.config import expect, need, shared, whole
 from checkpoints.models.layout import SAME, TRANSPOSED, Foreign, Layout, appended, separate_qkv, then
 from checkpoints.models.model import Model
 
@@ -77,28 +77,27 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
     activation = config.get("activation_function", "gelu_new")
     if activation not in (*_TANH, "gelu"):
         raise CheckpointError(f"{where}: activation_function {activation!r} is none of {', '.join(_TANH)} and gelu")
-    sizes = {
-        "num_layers": config.get("n_layer"),
-        "hidden_size": config.get("n_embd"),
-        "num_attention_heads": config.get("n_head"),
-        "max_position_embeddings": config.get("n_positions", config.get("n_ctx")),
-        "vocab_size": config.get("vocab_size"),
+    positions = "n_positions" if "n_positions" in config else "n_ctx"
+    whole(config, where, "n_layer", "n_embd", "n_head", positions, "vocab_size", free=("n_inner",))
+    hidden, heads = config["n_embd"], config["n_head"]
+    values = {
+        "family": "gpt2",
+        "num_layers": config["n_layer"],
+        "hidden_size": hidden,
+        "ffn_hidden_size": config.get("n_inner") or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "kv_channels": shared(hidden, heads, "n_embd and n_head", where),
+        "max_position_embeddings": config[positions],
+        "vocab_size": config["vocab_size"],
+        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "openai_gelu": activation in _TANH,
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
+        "init_method_std": config.get("initializer_range", 0.02),
+        "attention_dropout": config.get("attn_pdrop", 0.1),
+        "hidden_dropout": config.get("resid_pdrop", 0.1),
     }
-    if missing := [name for name, size in sizes.items() if not isinstance(size, int)]:
-        raise CheckpointError(f"{where} does not say what the model is: {', '.join(missing)} missing")
-    return Model(
-        family="gpt2",
-        **sizes,
-        ffn_hidden_size=config.get("n_inner") or 4 * sizes["hidden_size"],
-        num_query_groups=sizes["num_attention_heads"],
-        kv_channels=sizes["hidden_size"] // sizes["num_attention_heads"],
-        norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-        openai_gelu=activation in _TANH,
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", True),
-        init_method_std=config.get("initializer_range", 0.02),
-        attention_dropout=config.get("attn_pdrop", 0.1),
-        hidden_dropout=config.get("resid_pdrop", 0.1),
-    )
+    return Model.of(values, where)
 
 
 def to_config(model: Model) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints.folder import CheckpointError
 from checkpoints.models import gpt
-from checkpoints.models.config import expect, need
+from checkpoints.models.config import expect, need, number, shared, whole
 from checkpoints.models.layout import HALVES, SAME, Foreign, Layout, separate_qkv
 from checkpoints.models.model import Model
 
@@ -67,9 +67,15 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
         CheckpointError: a value is missing, or asks for what the engine does not compute.
     """
     need(config, where, hidden_act=("silu", "silu"), pretraining_tp=(1, 1), mlp_bias=(False, config.get("attention_bias", False)))
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    rope = rope_of(config)
-    base = float(rope.get("rope_theta", 10000))
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    whole(config, where, *sizes, free=("num_key_value_heads", "head_dim"))
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads") or heads
+    shared(heads, groups, "num_attention_heads and num_key_value_heads", where)
+    rope = rope_of(config, where)
+    if (part := rope.get("partial_rotary_factor")) not in (None, 1.0):
+        raise CheckpointError(f"{where}: the engine has no partial_rotary_factor={part!r}")
+    base = number(rope.get("rope_theta", 10000), "rope_theta", where)
     if not base.is_integer():
         raise CheckpointError(f"{where}: rope_theta {base} is no whole number")
     values = {
@@ -78,8 +84,8 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
         "hidden_size": hidden,
         "ffn_hidden_size": config.get("intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or (hidden // heads if hidden and heads else None),
+        "num_query_groups": groups,
+        "kv_channels": config.get("head_dim") or shared(hidden, heads, "hidden_size and num_attention_heads", where),
         "max_position_embeddings": config.get("max_position_embeddings"),
         "vocab_size": config.get("vocab_size"),
         "position_embedding_type": "rope",
@@ -96,9 +102,12 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
     return Model.of(values | _scaling(rope, where), where)
 
 
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """RoPE's numbers, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    older = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"{where}: {key} is {config[key]!r}, and an object is wanted", f"mend {where}")
+    older = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
     found = older | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     return found | {"rope_type": found.get("rope_type", found.get("type", "default"))}
 
@@ -108,7 +117,7 @@ def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {}
     if wrong := [f"{key}={rope.get(key)!r}" for key, value in _SCALING.items() if rope.get(key) != value]:
         raise CheckpointError(f"{where}: of RoPE's scalings the engine has Llama 3's with its own numbers, and no {', '.join(wrong)}")
-    return {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+    return {"use_rope_scaling": True, "rope_scaling_factor": number(rope.get("factor"), "rope_scaling's factor", where)}
 
 
 def to_config(model: Model) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.folder import CheckpointError, UnsaidError
+from checkpoints.models.config import number, shared, whole
 from checkpoints.models.model import Model
 
 if TYPE_CHECKING:
@@ -20,14 +21,15 @@ def model_of(args: Mapping[str, Any], where: str, **more: Any) -> Model:
     Raises:
         CheckpointError: something is missing; `where` names the place.
     """
+    whole(args, where, free=("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"))
     heads = args.get("num_attention_heads")
     grouped = args.get("group_query_attention", True)
     derived = {
         "family": args.get("family") or _family(args),
         "num_query_groups": args.get("num_query_groups") if grouped else heads,
-        "kv_channels": args.get("kv_channels") or (args["hidden_size"] // heads if args.get("hidden_size") and heads else None),
+        "kv_channels": args.get("kv_channels") or (shared(args["hidden_size"], heads, "hidden_size and num_attention_heads", where) if args.get("hidden_size") and heads else None),
         "norm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon"),
-        "rotary_base": int(args.get("rotary_base") or 10000),
+        "rotary_base": int(number(args.get("rotary_base") or 10000, "rotary_base", where)),
         "num_layers": args.get("num_layers"),
     }
     derived["num_query_groups"] = derived["num_query_groups"] or heads

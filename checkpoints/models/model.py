@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from math import inf
 from typing import Any
 
 from checkpoints.folder import CheckpointError
 
 FAMILIES = ("gpt2", "llama", "yuan2")
+
+
+_KINDS = {"int": "a whole number above 0", "float": "a number", "bool": "true or false", "str": "a word"}
+
+
+def _fits(name: str, value: Any, kind: str) -> bool:
+    if kind == "int":
+        return type(value) is int and value >= (name != "vocab_size")  # 0 ids: what the tables have is not known
+    if kind == "float":
+        return type(value) in (int, float) and 0 <= value < inf
+    return type(value) is bool if kind == "bool" else isinstance(value, str)
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,8 @@ class Model:
         """The model that `values` describe; other keys are passed over, and None is not given. `more` stands above them.
 
         Raises:
-            CheckpointError: a value without a default is missing, or the family is unknown; `where` names the place.
+            CheckpointError: a value without a default is missing, the family is unknown, or a value is of another kind or
+                impossible; `where` names the place.
         """
         merged = {**values, **more}
         merged = {one.name: merged[one.name] for one in fields(cls) if merged.get(one.name) is not None}
@@ -60,6 +73,12 @@ class Model:
             raise CheckpointError(f"{where} does not say what the model is: {', '.join(missing)} missing")
         if merged["family"] not in FAMILIES:
             raise CheckpointError(f"{where}: unknown family {merged['family']!r}, known are {', '.join(FAMILIES)}")
+        kinds = {one.name: str(one.type).removesuffix(" | None") for one in fields(cls)}
+        if wrong := [f"{name} is {value!r}, {_KINDS[kinds[name]]}" for name, value in merged.items() if not _fits(name, value, kinds[name])]:
+            raise CheckpointError(f"{where}: {'; '.join(wrong)} is wanted", f"mend {where}")
+        if merged["num_attention_heads"] % merged["num_query_groups"]:
+            heads, groups = merged["num_attention_heads"], merged["num_query_groups"]
+            raise CheckpointError(f"{where}: {heads} attention heads are not to be had in {groups} query groups of one size", f"mend {where}")
         return cls(**merged)
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints.models import gpt
-from checkpoints.models.config import expect, need
+from checkpoints.models.config import expect, need, shared, whole
 from checkpoints.models.layout import HALVES, Foreign, Layout
 from checkpoints.models.llama import named
 from checkpoints.models.model import Model
@@ -71,7 +71,9 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
         CheckpointError: a value is missing, or asks for what the engine does not compute.
     """
     need(config, where, hidden_act=("silu", "silu"), use_shareqk=(False, False))
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    whole(config, where, *sizes)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
     values = {
         "family": "yuan2",
         "num_layers": config.get("num_hidden_layers"),
@@ -79,7 +81,7 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
         "ffn_hidden_size": config.get("intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "kv_channels": hidden // heads if hidden and heads else None,
+        "kv_channels": shared(hidden, heads, "hidden_size and num_attention_heads", where),
         "max_position_embeddings": config.get("max_position_embeddings"),
         "vocab_size": config.get("vocab_size"),
         "position_embedding_type": "rope",
