@@ -51,8 +51,10 @@ def conversation(row: Any) -> Conversation:
         turns = _yuan(row)
     elif not isinstance(row, Mapping):
         raise BadLine(f"not an object but {_shown(row)}", _EXAMPLE)
+    elif turns := _listed(row):
+        _refuse_beside_messages(row)
     else:
-        turns = _listed(row) or _question_and_answer(row)
+        turns = _question_and_answer(row)
     _check(turns)
     return turns
 
@@ -87,19 +89,33 @@ def _yuan(line: str) -> Conversation:
 def _listed(row: Mapping[str, Any]) -> Conversation | None:
     """The turns of a list of messages; None where the row has none."""
     for key, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if key in row:
-            return _messages(row[key], key, role_key, text_key)
+        if row.get(key) is not None:
+            turns = _messages(row[key], key, role_key, text_key)
+            if system := row.get("system"):
+                if turns[0].role == "system":
+                    raise BadLine(f"the system's words stand under 'system' and in {key!r}", "leave them in one of the two")
+                turns = (Turn("system", _text(system, "'system'")), *turns)
+            return turns
     return None
+
+
+def _refuse_beside_messages(row: Mapping[str, Any]) -> None:
+    """Nothing of another form is passed over."""
+    other = [key for key in (*QUESTION_KEYS, *INPUT_KEYS, *ANSWER_KEYS, "history") if row.get(key)]
+    if other:
+        raise BadLine(f"{', '.join(map(repr, other))} beside a list of messages", "put it into the messages, or leave it out")
 
 
 def _messages(messages: Any, key: str, role_key: str, text_key: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise BadLine(f"{key!r} is no list of messages but {_shown(messages)}", f'[{{"{role_key}": ..., "{text_key}": ...}}, ...]')
-    turns = []
+    turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
         role = message.get(role_key) if isinstance(message, Mapping) else None
         if not isinstance(role, str) or role not in _ROLES:
             raise BadLine(f"message {number} is by {_shown(role)}", f"{role_key!r} is one of {', '.join(map(str, _ROLES))}")
+        if message.get("weight") not in (None, 1):
+            raise BadLine(f"message {number} has a weight, which is not read", "every answer is trained; with data.mask_history=true the last alone")
         turns.append(Turn(_ROLES[role], _text(message.get(text_key), f"{text_key!r} of message {number}")))
     return tuple(turns)
 
@@ -120,7 +136,10 @@ def _question_and_answer(row: Mapping[str, Any]) -> Conversation:
             there = ", ".join(list(map(str, row))[:8]) or "no keys"
             raise BadLine(f"no {name} in this row, which has {there}", f"text under {', '.join(keys[:-1])} or {keys[-1]}; or messages")
     turns = [Turn("system", _text(row["system"], "'system'"))] if row.get("system") else []
-    for number, pair in enumerate(row.get("history") or [], start=1):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise BadLine(f"'history' is no list but {_shown(history)}", '[["question", "answer"], ...]')
+    for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadLine(f"'history' has no pair at {number} but {_shown(pair)}", '[["question", "answer"], ...]')
         turns += [Turn("user", _text(pair[0], "a question of 'history'")), Turn("assistant", _text(pair[1], "an answer of 'history'"))]

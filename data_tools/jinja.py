@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -70,18 +71,23 @@ class JinjaTemplate(Template):
         return {len(prompt) for prompt in prompts if marked.startswith(prompt)}
 
     def _write(self, turns: Conversation, texts: Sequence[str]) -> str:
-        from jinja2 import TemplateError
-
         messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
         try:
             return self._template.render(messages=messages, add_generation_prompt=turns[-1].role == "user", **self._tokens)
-        except TemplateError as error:
+        except Exception as error:  # whatever its author's code raises
             raise BadLine(f"the tokenizer's template refuses it: {error}", "mend the row, or take another template") from None
 
     @cached_property
     def _tokens(self) -> dict[str, Any]:
+        """What the template may ask for, as the tokenizer's own configuration has it."""
         bos = self.tokenizer.bos
-        return {"eos_token": self._end, "bos_token": "" if bos is None else name_of(self.tokenizer, bos)}
+        told: dict[str, Any] = {"eos_token": self._end, "bos_token": "" if bos is None else name_of(self.tokenizer, bos)}
+        for path in self.tokenizer.companions:
+            if path.suffix == ".json":
+                config = json.loads(path.read_text(encoding="utf-8"))
+                named = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+                told |= {key: token["content"] if isinstance(token, dict) else token for key, token in named.items() if token}
+        return told | {"tools": None, "documents": None}
 
 
 def _marks(count: int) -> list[str]:
@@ -102,6 +108,20 @@ def _source(tokenizer: Tokenizer) -> tuple[str, str]:
     raise TokenizerError("the tokenizer has no chat template of its own", where, "name one, such as tokenizer.chat_template=alpaca")
 
 
+def _generation() -> type:
+    """`transformers`' own tag around what an assistant says: here its body alone."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
 def _compile(source: str, where: str) -> Any:
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
@@ -110,8 +130,8 @@ def _compile(source: str, where: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = raise_exception
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation()])
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     try:
         return environment.from_string(source)

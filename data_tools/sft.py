@@ -21,12 +21,13 @@ from data_tools.errors import IndexedError
 from data_tools.indexed import IndexedReader, idx_path, token_dtype
 from data_tools.preprocess import dataset_prefix, encode_files
 from data_tools.records import BadLine
-from data_tools.rows import parse_row
-from data_tools.sources import Block, Format, find_sources
+from data_tools.rows import parse_row, row_sources
+from data_tools.sources import Block, Format
 from data_tools.templates import Rendered, Template, build_template
 from data_tools.tokenizers import Tokenizer
 
 KEYS = ("sft", "sft_mask")
+_VERSION = 2  # of what conversations and templates make of a row: another one, and rows are prepared anew
 _ROWS = 1 << 16  # looked at together
 
 
@@ -38,7 +39,7 @@ class ConversationEncoder(BlockEncoder):
     last_only: bool = False
 
     def plan(self) -> dict[str, object]:
-        return {**super().plan(), "template": self.template, "last_only": self.last_only, "companions": _hashes(self.tokenizer)}
+        return {**super().plan(), "template": self.template, "last_only": self.last_only, "companions": _hashes(self.tokenizer), "version": _VERSION}
 
     @cached_property
     def _template(self) -> Template:
@@ -60,6 +61,9 @@ class ConversationEncoder(BlockEncoder):
                 rendered.append(self._template.render(conversation(row), self.last_only))
             except BadLine as bad:
                 self._count_bad(part, block.place(number), bad)
+            except ValueError as error:  # NullTokenizer's
+                fix = "give the tokenizer of the model that is trained"
+                self._count_bad(part, block.place(number), BadLine(str(error), fix))
         yield [self._column_of([getattr(one, name) for one in rendered], dtype) for name, dtype in zip(("ids", "trained"), self.dtypes)]
 
     @staticmethod
@@ -77,13 +81,13 @@ class Form:
     format: Format | None = None
 
 
-def prepared_prefix(path: str | Path, tokenizer: Tokenizer, form: Form) -> Path:
-    """Where the tokens of a file of rows are kept: in a folder `cache` beside it, under a name that changes with the file (its
-    size and its time), the tokenizer and the form."""
+def prepared_prefix(path: str | Path, tokenizer: Tokenizer, form: Form, folder: str | Path | None = None) -> Path:
+    """Where the tokens of a file of rows are kept: in `folder`, or a folder `cache` beside it, under a name that changes with
+    the file (its size and its time), the tokenizer, the form and what its templates write."""
     path, status = Path(path), Path(path).stat()
-    made_of = {"size": status.st_size, "time": status.st_mtime_ns, "tokenizer": tokenizer.hash(), "companions": _hashes(tokenizer), **asdict(form)}
+    made_of = {"size": status.st_size, "time": status.st_mtime_ns, "tokenizer": tokenizer.hash(), "companions": _hashes(tokenizer), **asdict(form), "version": _VERSION}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    return path.parent / "cache" / f"{path.name}-{key}"
+    return Path(folder or path.parent / "cache") / f"{path.name}-{key}"
 
 
 def prepare(
@@ -103,7 +107,7 @@ def prepare(
     """
     build_template(form.template, tokenizer)  # before a worker does
     encoder = ConversationEncoder(tokenizer, KEYS, False, max_bad, template=form.template, last_only=form.last_only)
-    return encode_files(encoder, find_sources(path, form.format), prefix, workers, progress=progress)[KEYS[0]]
+    return encode_files(encoder, row_sources(path, form.format), prefix, workers, progress=progress)[KEYS[0]]
 
 
 def _hashes(tokenizer: Tokenizer) -> list[str]:
@@ -116,6 +120,8 @@ class Rows:
 
     Attributes:
         lengths: int32[rows], tokens of each.
+        left_out: bad rows that the files had and these have not.
+        sha256: of what they were made of: rows, tokenizer, template.
 
     Raises:
         IndexedError: a pair is missing or torn, or they do not go together.
@@ -125,6 +131,8 @@ class Rows:
         self._files = [_Pair(prefix) for prefix in prefixes]
         self._starts = np.cumsum([0, *(len(file.tokens.lengths) for file in self._files)])
         self.lengths = np.concatenate([file.tokens.lengths for file in self._files])
+        self.left_out = sum((file.tokens.description or {}).get("bad_lines", 0) for file in self._files)
+        self.sha256 = hashlib.sha256("".join(file.sha256() for file in self._files).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -144,6 +152,11 @@ class _Pair:
         self.tokens, self.mask = (IndexedReader(dataset_prefix(prefix, key)) for key in KEYS)
         if not np.array_equal(self.tokens.lengths, self.mask.lengths):
             raise IndexedError("its masks have other lengths than its tokens", str(prefix), "remove both, and prepare the rows again")
+
+    def sha256(self) -> str:
+        made = self.tokens.description or {}
+        keys = ("input_sha256", "tokenizer", "template", "last_only", "companions", "version")
+        return hashlib.sha256(json.dumps([made.get(key) for key in keys], sort_keys=True).encode()).hexdigest()
 
     def row(self, number: int) -> Rendered:
         return Rendered(self.tokens.get(number).astype(np.int32, copy=False), self.mask.get(number).view(bool))

@@ -130,7 +130,7 @@ def check_readable(path: Path) -> None:
 def _expand(given: str) -> list[str]:
     path = Path(given)
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".") and p.suffix not in _SKIPPED]
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".") and not _is_ours(p.relative_to(path), p)]
         if not found:
             raise InputError(f"no files in {given}", "", "give a JSONL file, or a folder of such")
         return [str(p) for p in found]
@@ -140,6 +140,12 @@ def _expand(given: str) -> list[str]:
             raise InputError(f"no file is named like {given}", "", "give a JSONL file, or a folder of such")
         return [str(p) for p in found if p.is_file()]
     return [given]
+
+
+def _is_ours(name: Path, path: Path) -> bool:
+    """Whether a file of a folder is no corpus but what was made of one: pairs, their manifests, caches, unfinished work."""
+    made = any(part == "cache" or part.endswith(".unfinished") for part in name.parts[:-1])
+    return made or path.suffix in _SKIPPED or (path.suffix == ".json" and path.with_suffix(".idx").exists())
 
 
 def _source(path: str, format: Format | None) -> Source:

@@ -59,7 +59,7 @@ class Template(ABC):
         ids: list[int] = []
         trained: list[bool] = []
         for is_special, run in groupby(self.pieces(turns), lambda piece: piece.special):
-            for token, of_an_answer in map(self._named, run) if is_special else self._run(list(run)):
+            for token, of_an_answer in map(self._named, run) if is_special else self._run(list(run), begins=not ids):
                 ids.append(token)
                 trained.append(of_an_answer)
         mask = np.array(trained, dtype=bool)
@@ -71,14 +71,14 @@ class Template(ABC):
     def _named(self, piece: Piece) -> tuple[int, bool]:
         return self.tokenizer.special_tokens[piece.text], piece.trained
 
-    def _run(self, pieces: list[Piece]) -> Iterator[tuple[int, bool]]:
+    def _run(self, pieces: list[Piece], begins: bool) -> Iterator[tuple[int, bool]]:
         """Texts between two special tokens, encoded as the one text that they are; but what stands before an answer is
         encoded as if nothing followed, for so the model reads it when it answers."""
         text, ids = "", []
         for is_answer, same in groupby(pieces, lambda piece: piece.trained):
             more = "".join(piece.text for piece in same)
-            joint = self.tokenizer.encode_plain(text + more) if more else ids
-            joint = joint if joint[: len(ids)] == ids else ids + self.tokenizer.encode_plain(more)
+            joint = self.tokenizer.encode_plain(text + more, begins) if more else ids
+            joint = joint if joint[: len(ids)] == ids else ids + self.tokenizer.encode_plain(more, begins and not text)
             yield from ((token, is_answer) for token in joint[len(ids) :])
             text, ids = text + more, joint
 

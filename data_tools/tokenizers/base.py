@@ -50,8 +50,9 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no end of document is added."""
 
-    def encode_plain(self, text: str) -> list[int]:
-        """The same, but what spells a special token is text: for what users say."""
+    def encode_plain(self, text: str, begins: bool = True) -> list[int]:
+        """The same, but what spells a special token is text: for what users say. `begins`: nothing stands before it, not even
+        a special token, for tokenizers that put a space before the first text alone."""
         return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,23 @@ class LibraryTokenizer(GigatokenBatches):
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=self._adds).ids
 
-    def encode_plain(self, text: str) -> list[int]:
-        self._backend.encode_special_tokens = True  # the library's word for encoding them as text
+    def encode_plain(self, text: str, begins: bool = True) -> list[int]:
+        backend = self._backend if begins else self._within
+        backend.encode_special_tokens = True  # the library's word for encoding them as text
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return backend.encode(text, add_special_tokens=False).ids
         finally:
-            self._backend.encode_special_tokens = False
+            backend.encode_special_tokens = False
+
+    @cached_property
+    def _within(self) -> Any:
+        """Where only the first text gets a space before it (Metaspace, prepend_scheme "first"): the same without that."""
+        state = json.loads(self._backend.to_str())
+        pre = state["pre_tokenizer"] or {}
+        first = [one for one in [pre, *pre.get("pretokenizers", [])] if one.get("prepend_scheme") == "first"]
+        for one in first:
+            one["prepend_scheme"] = "never"
+        return type(self._backend).from_str(json.dumps(state)) if first else self._backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast variant leaves out the offsets that nobody asked for.

@@ -132,7 +132,7 @@ class TikTokenizer(GigatokenBatches):
     def encode(self, text: str) -> list[int]:
         return self._backend.encode_ordinary(text) if self._plain else self._backend.encode(text, allowed_special="all")
 
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, begins: bool = True) -> list[int]:
         return self._backend.encode_ordinary(text)
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -59,7 +59,7 @@ class YuanTokenizer(SentencePieceTokenizer):
     def encode(self, text: str) -> list[int]:
         return self.encode_arrays([text])[0].tolist()
 
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, begins: bool = True) -> list[int]:
         return super().encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

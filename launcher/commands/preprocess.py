@@ -28,6 +28,7 @@ from launcher.errors import UserError
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
 from launcher.recipe.check_data import parse_shard
+from launcher.recipe.finetuning import settle_rows
 from launcher.recipe.problem import typed
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -112,7 +113,7 @@ def _prepare_rows(loaded: Loaded) -> None:
     """The rows of a recipe for fine-tuning, which its training then finds."""
     ensure(loaded, "rows")
     prepare_rows(loaded)
-    typer.echo("\n".join(describe(loaded.recipe)))
+    typer.echo("\n".join(describe(loaded.recipe, settle_rows(loaded.recipe, loaded.sources))))
     typer.echo(f"next       yuan sft recipe={loaded.name}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,6 +12,9 @@ from launcher.errors import UserError
 from launcher.recipe import Loaded, finetuning
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
+
+if TYPE_CHECKING:
+    from data_tools.packing import Packed
 
 
 def prepare_rows(loaded: Loaded) -> None:
@@ -36,18 +40,24 @@ def prepare_rows(loaded: Loaded) -> None:
         typer.echo(f"prepared   {path}: {plural(count.documents, 'row')}, {count.tokens:,} tokens{left} ({time.monotonic() - started:.1f} s)", err=True)
 
 
-def describe(recipe: Recipe) -> list[str]:
-    """A line for each set: rows, samples, what of them is filled and trained, what does not fit."""
+def describe(recipe: Recipe, sets: dict[str, Packed]) -> list[str]:
+    """A line for each set: rows, samples, what of them is filled and trained, what does not fit.
+
+    Raises:
+        UserError: rows were left out when they were prepared, more than may be now.
+    """
     lines = []
-    for name, given in (("train", recipe.data.train), ("valid", recipe.data.valid)):
-        samples = finetuning.packed(recipe, given)
-        if samples is None:
-            continue
-        where = finetuning.prefix(recipe, finetuning.files(given)[0])
+    for name, samples in sets.items():
+        where = getattr(recipe.derived, f"{name}_rows")[0]
+        if samples.rows.left_out > recipe.preprocess.max_bad:
+            what = f"{plural(samples.rows.left_out, 'bad row')} of data.{name} were left out when the others were prepared"
+            raise UserError(what, f"{where}_sft_document.json", f"mend them, or allow as many: preprocess.max_bad={samples.rows.left_out}")
         lines.append(
             f"{name}      {plural(len(samples.rows), 'row')} in {plural(len(samples), 'sample')} of {samples.seq_length}, "
             f"{samples.efficiency:.1%} filled, {samples.supervised:,} supervised tokens ({where}_sft_document)"
         )
+        if samples.rows.left_out:
+            lines.append(f"           left out, bad: {plural(samples.rows.left_out, 'row')}; the first are in {where}_sft_document.json")
         if samples.rows_cut or samples.rows_left_out:
             lines.append(
                 f"           cut at {samples.seq_length} tokens: {plural(samples.rows_cut, 'row')}; "

@@ -13,6 +13,7 @@ from launcher.commands.rows import describe, prepare_rows
 from launcher.errors import UserError
 from launcher.recipe import Loaded, finetuning, load
 from launcher.recipe.check import ensure
+from launcher.recipe.schema import Recipe
 
 
 def sft(
@@ -43,13 +44,24 @@ def _settle(loaded: Loaded) -> None:
     if recipe.launch.node_rank == 0:
         prepare_rows(loaded)
     elif missing := finetuning.missing(recipe):
-        typer.echo(f"waiting    for the first machine to prepare {missing[0]}", err=True)
-        while finetuning.missing(recipe):
-            time.sleep(1)
-    samples = finetuning.packed(recipe, recipe.data.train)
-    if samples is None or not len(samples):
-        fix = f"a larger training.seq_length than {recipe.training.seq_length}, or rows with shorter questions"
-        raise UserError("no row has an answer that begins within a sample", f"data.train={recipe.data.train}", fix)
-    for line in describe(recipe):
+        _wait(recipe, missing[0])
+    samples = finetuning.settle_rows(recipe, loaded.sources)
+    for name, one in samples.items():
+        if not len(one):
+            fix = f"a larger training.seq_length than {recipe.training.seq_length}, or rows with shorter questions"
+            raise UserError("no row has an answer that begins within a sample", f"data.{name}={getattr(recipe.data, name)}", fix)
+    for line in describe(recipe, samples):
         typer.echo(line, err=True)
-    finetuning.settle_length(recipe, loaded.sources, len(samples))
+    finetuning.settle_length(recipe, loaded.sources, len(samples["train"]))
+
+
+def _wait(recipe: Recipe, path: Path) -> None:
+    """Until the first machine has prepared the rows."""
+    minutes = recipe.parallel.distributed_timeout_minutes
+    typer.echo(f"waiting    for the first machine to prepare {path}, {minutes} minutes at most", err=True)
+    until = time.monotonic() + 60 * minutes
+    while finetuning.missing(recipe):
+        if time.monotonic() > until:
+            what = f"the first machine has not prepared {path} in {minutes} minutes"
+            raise UserError(what, "launch.node_rank=0", "see what it says; the file must be the same one, on a disk that all machines share")
+        time.sleep(5)

@@ -52,8 +52,7 @@ class RowSamples(Dataset):
 def build_row_sets(recipe: Recipe) -> tuple[RowSamples, RowSamples | None]:
     """The training samples of the whole run, and the validation set once, in its order, filled up to whole batches."""
     training = recipe.training
-    train = packed(recipe, recipe.data.train)
-    valid = packed(recipe, recipe.data.valid)
+    train, valid = packed(recipe, recipe.derived.train_rows), packed(recipe, recipe.derived.valid_rows)
     batch = training.global_batch_size
     sets = RowSamples(train, recipe, recipe.derived.train_samples, training.epochs, training.seed)
-    return sets, valid and RowSamples(valid, recipe, -(-len(valid) // batch) * batch, 1, None)
+    return sets, None if valid is None else RowSamples(valid, recipe, -(-len(valid) // batch) * batch, 1, None)

@@ -180,7 +180,7 @@ class Trainer:
         self.of_rows = recipe.data.train is not None
         train, self.valid, self.test = data.build_datasets(recipe)
         self.batches = self._loaders(train, state.consumed_train_samples)
-        self.valid_batches = self._loaders(self.valid, state.consumed_valid_samples(recipe))
+        self.valid_batches = [] if self.of_rows else self._loaders(self.valid, state.consumed_valid_samples(recipe))
         self.has_valid, self.has_test = agreed(self.valid is not None, self.test is not None)
         self.eval_iters = recipe.training.eval_iters
         if self.of_rows:  # the whole set, or so many batches of it, the same at every evaluation
@@ -207,11 +207,13 @@ class Trainer:
             if reason and not self._complete():
                 self._save()
                 return reason
+        if self.of_rows and state.iteration % recipe.training.eval_interval:  # the last weights may be the best
+            self._evaluate("final validation", self.has_valid, self.valid_batches)
         self._save()
         if self._stopped_early() and self.progress is not None:
             best, patience = state.best, recipe.training.early_stop_patience
             self.progress.note(f"early stop {patience} evaluations without a lower loss than {best.loss:.6f} of step {best.iteration}")
-        if not self.of_rows or state.iteration % recipe.training.eval_interval:  # of rows the same ones, which were just seen
+        if not self.of_rows:
             self._evaluate("final validation", self.has_valid, self.valid_batches)
         self._evaluate("test", self.has_test, self._loaders(self.test, 0))
         return None
@@ -288,7 +290,7 @@ class Trainer:
             at = {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_train_samples}
             self.progress.validation(at | {"set": name, "lm_loss_validation": loss, "ppl": model.perplexity(loss)})
         self.window.start += time.perf_counter() - started
-        if loss is not None and name == "validation":
+        if loss is not None and self.of_rows:
             self._judge(loss)
 
     def _judge(self, loss: float) -> None:

@@ -62,7 +62,7 @@ _ANSWERING: tuple[Check, ...] = (
 )
 CHECKS: dict[str, tuple[Check, ...]] = {
     "pretrain": (*_TRAINING, check_schedule.length, check_data.data, check_run.cache, check_finetuning.in_vain),
-    "sft": (*_TRAINING, check_finetuning.length, check_finetuning.rows, check_finetuning.template, check_finetuning.weights),
+    "sft": (*_TRAINING, check_finetuning.length, check_finetuning.rows, check_finetuning.packing, check_finetuning.template, check_finetuning.weights),
     "rows": (check_model.ranges, check_data.tokenizer, check_finetuning.rows, check_finetuning.template),  # of `yuan preprocess`
     "tokenizer": (check_data.tokenizer,),
     "preprocess": (check_model.ranges, check_data.preprocess_input, check_data.tokenizer),

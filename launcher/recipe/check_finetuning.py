@@ -20,6 +20,9 @@ def length(case: Case) -> Iterator[Problem]:
         yield Problem("nothing says how long to train", "training", "give training.epochs, or one of " + ", ".join(LENGTHS))
     elif epochs is None:
         yield from training_length(case)
+    elif case.recipe.training.rampup_batch_size:
+        what = "epochs are not counted with a batch that grows"
+        yield Problem(what, case.at("training.epochs", "training.rampup_batch_size"), "training.rampup_batch_size=null, or training.train_samples=NUMBER")
     elif given:
         yield Problem(
             "the length of the training is given twice",
@@ -61,12 +64,15 @@ def _one_file(case: Case, key: str, name: object) -> Iterator[Problem]:
     if not isinstance(name, str):
         yield Problem(f"{key} names a file or a list of files, and {name!r} is neither", case.at(key), f"{key}=FILE.jsonl")
         return
+    bad_rows = 0
     try:
         for where, row in first_rows(Path(name), ROWS_READ, case.recipe.preprocess.format):
             try:
                 conversation(row)
             except BadLine as bad:
-                raise bad.at(where) from None
+                bad_rows += 1
+                if bad_rows > case.recipe.preprocess.max_bad:
+                    raise bad.at(where) from None
     except InputError as error:
         yield Problem(error.what, f"{error.where}, {case.at(key)}" if error.where else case.at(key), error.fix)
 
@@ -97,6 +103,17 @@ def weights(case: Case) -> Iterator[Problem]:
             case.at("checkpoint.load"),
             "checkpoint.load=RUN_OR_CHECKPOINT, or take `yuan pretrain` to start from random ones",
         )
+    elif case.recipe.checkpoint.load is not None and not case.recipe.checkpoint.finetune:
+        what = "the fine-tuning would begin at the step, the schedule and the optimizer of the training that it starts from"
+        yield Problem(what, case.at("checkpoint.finetune"), "checkpoint.finetune=true, or leave it out")
+
+
+def packing(case: Case) -> Iterator[Problem]:
+    """Rows in one sample do not see each other."""
+    d = case.recipe.data
+    if d.train is not None and d.packing and not d.reset_attention_mask:
+        what = "packed rows would look at the rows before them"
+        yield Problem(what, case.at("data.packing", "data.reset_attention_mask"), "data.reset_attention_mask=true, or data.packing=false")
 
 
 def in_vain(case: Case) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def prefix(recipe: Recipe, path: Path) -> Path:
     """Where the prepared rows of a file are kept."""
     from data_tools.sft import prepared_prefix
 
-    return prepared_prefix(path, tokenizer_of(recipe.tokenizer), form(recipe))
+    return prepared_prefix(path, tokenizer_of(recipe.tokenizer), form(recipe), recipe.data.data_cache_path)
 
 
 def missing(recipe: Recipe) -> list[Path]:
@@ -42,8 +43,8 @@ def missing(recipe: Recipe) -> list[Path]:
     return [path for path in asked if not is_prepared(prefix(recipe, path))]
 
 
-def packed(recipe: Recipe, given: Any) -> Packed | None:
-    """The samples of data.train or data.valid, whose rows are prepared; None for None.
+def packed(recipe: Recipe, prefixes: Sequence[str] | None) -> Packed | None:
+    """The samples of derived.train_rows or derived.valid_rows; None where there are none.
 
     Raises:
         IndexedError: they are not whole.
@@ -51,9 +52,22 @@ def packed(recipe: Recipe, given: Any) -> Packed | None:
     from data_tools.packing import Packed
     from data_tools.sft import Rows
 
-    paths = files(given)
-    rows = Rows(*(prefix(recipe, path) for path in paths)) if paths else None
-    return rows and Packed(rows, recipe.training.seq_length, recipe.data.packing)
+    return Packed(Rows(*prefixes), recipe.training.seq_length, recipe.data.packing) if prefixes else None
+
+
+def settle_rows(recipe: Recipe, sources: dict[str, str]) -> dict[str, Packed]:
+    """Note in `derived` which prepared rows are read; the samples of `train` and, where it is given, `valid`.
+
+    The processes then read what was prepared, whatever becomes of the files; a resume with other rows is noticed.
+    """
+    derived, data = recipe.derived, recipe.data
+    derived.train_rows = [str(prefix(recipe, path)) for path in files(data.train)]
+    derived.valid_rows = [str(prefix(recipe, path)) for path in files(data.valid)] or None
+    found = {name: packed(recipe, rows) for name, rows in (("train", derived.train_rows), ("valid", derived.valid_rows))}
+    samples = {name: one for name, one in found.items() if one is not None}
+    derived.rows_sha256 = samples["train"].rows.sha256
+    sources |= dict.fromkeys(("derived.train_rows", "derived.valid_rows", "derived.rows_sha256"), "derived")
+    return samples
 
 
 def settle_length(recipe: Recipe, sources: dict[str, str], samples: int) -> None:

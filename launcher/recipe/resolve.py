@@ -33,14 +33,28 @@ def resolve(recipe: Recipe, sources: dict[str, str], name: str) -> None:
     fill("run.dir", f"runs/{recipe.run.name}")
     if recipe.data.data_path is not None:
         fill("data.split", DEFAULT_SPLIT)
-    if recipe.data.train is not None and recipe.data.packing and sources.get("data.reset_attention_mask", "default") == "default":
-        recipe.data.reset_attention_mask, sources["data.reset_attention_mask"] = True, "derived"
+    if recipe.data.train is not None:
+        _fine_tuning(recipe, sources)
     fill("preprocess.workers", cores())
     _model(recipe, fill)
     _processes(recipe, fill)
     _lengths(recipe, fill)
     _schedule(recipe, fill)
     _vocabulary(recipe, fill)
+
+
+def _fine_tuning(recipe: Recipe, sources: dict[str, str]) -> None:
+    """What is false unless given, and true where rows are packed, and where the weights come from another run."""
+    rounded = recipe.model.family == "yuan2" and recipe.model.rotary_bf16  # whose angles are not those of a place further on
+    for key, wanted in (
+        ("data.reset_attention_mask", recipe.data.packing),
+        ("data.reset_position_ids", recipe.data.packing and rounded),
+        ("checkpoint.finetune", recipe.checkpoint.load is not None),
+    ):
+        if wanted and sources.get(key, "default") == "default":
+            group, leaf = key.split(".")
+            setattr(getattr(recipe, group), leaf, True)
+            sources[key] = "derived"
 
 
 def cores() -> int:

@@ -463,6 +463,12 @@ class Derived:
     """vocab_size padded to make_vocab_size_divisible_by x TP."""
     train_samples: Optional[int] = None
     """Samples that the steps of the whole training consume."""
+    train_rows: Optional[List[str]] = None
+    """Fine-tuning: prefixes of the prepared rows of data.train."""
+    valid_rows: Optional[List[str]] = None
+    """Fine-tuning: those of data.valid."""
+    rows_sha256: Optional[str] = None
+    """Fine-tuning: of the rows of data.train, their tokenizer and their template."""
     train_iters: Optional[int] = None
     """Steps of the whole training; of train_samples, what does not fill a last step is left out, as Megatron-LM does."""
 

@@ -70,10 +70,12 @@ def classify(old: Recipe, new: Recipe, saved: Recipe | None = None) -> list[Chan
 
 
 def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old value, new value)} of what differs. Derived values are left out, all but the vocabulary:
-    they follow from the rest, and the vocabulary from files that may have changed under the same name."""
+    """{dotted key: (old value, new value)} of what differs. Derived values are left out: they follow from the rest, all but
+    the vocabulary and the rows, whose files may have changed under the same names. (Rows are unknown until prepared.)"""
     before, after = _flat(asdict(old)), _flat(asdict(new))
     keys = [key for key in after if not key.startswith("derived.") or key == "derived.vocab_size"]
+    rows = "derived.rows_sha256"
+    keys += [rows] if before.get(rows) and after.get(rows) else []
     return {key: (before[key], after[key]) for key in keys if before[key] != after[key]}
 
 

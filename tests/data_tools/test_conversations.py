@@ -23,6 +23,7 @@ ASKED = (Turn("user", "q"), Turn("assistant", "a"))
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         "q<sep>a",
+        {"messages": None, "prompt": "q", "completion": "a"},
     ],
 )
 def test_every_form_says_the_same(row):
@@ -34,6 +35,8 @@ def test_input_history_and_system():
     assert Turn("user", "q", "c").whole == "q\nc" and Turn("user", "", "c").whole == "c"
     row = {"system": "s", "history": [["q1", "a1"]], "instruction": "q", "output": "a"}
     assert conversation(row) == (Turn("system", "s"), Turn("user", "q1"), Turn("assistant", "a1"), *ASKED)
+    listed = {"system": "s", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}
+    assert conversation(listed) == (Turn("system", "s"), *ASKED)
     assert conversation({"instruction": "", "input": "", "content": "text"}) == (Turn("user", ""), Turn("assistant", "text"))
 
 
@@ -47,7 +50,10 @@ def test_input_history_and_system():
         ({"instruction": ["q"], "output": "a"}, "'instruction' is not text but"),
         ({"instruction": "q", "output": "\ud800"}, "half of a surrogate pair"),
         ({"instruction": "q", "history": ["x"], "output": "a"}, "'history' has no pair at 1"),
+        ({"instruction": "q", "history": 5, "output": "a"}, "'history' is no list but 5"),
         ({"messages": []}, "no list of messages"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}, "message 2 has a weight"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "output": "b"}, "'output' beside a list of messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 is by \"tool\""),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'content' of message 1 is not text"),
         ({"messages": [{"role": "user", "content": "q"}]}, "the last message is no answer"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_tools.errors import InputError, TokenizerError
 from data_tools.packing import Packed, pack
+from data_tools.rows import row_sources
 from data_tools.sft import Form, Rows, prepare, prepared_prefix
 from data_tools.tokenizers import build_tokenizer
 from tests.data_tools.samples import small_gpt2, write_jsonl
@@ -62,10 +63,17 @@ def test_prepared_names_follow_what_decides_the_tokens(tmp_path, gpt2):
     assert len({first, *others}) == 4
 
 
+def test_a_folder_of_rows_is_read_again_without_what_was_made_of_it(tmp_path, gpt2):
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "output": "a"}])
+    prepare(source, prepared_prefix(source, gpt2, PLAIN), gpt2, PLAIN)
+    prepare(source, tmp_path / "beside", gpt2, PLAIN)
+    assert [one.path for one in row_sources(tmp_path)] == [str(source)]
+
+
 def test_yuans_lines(tmp_path, gpt2):
     source = tmp_path / "rows.txt"
     source.write_text("one<n>two[SEP]three\n\nfour<sep>five\n", encoding="utf-8")
-    assert prepare(source, tmp_path / "x", gpt2, Form("plain", format="yuan")).blank == 1
+    assert prepare(source, tmp_path / "x", gpt2, PLAIN).blank == 1
     texts = [gpt2.decode(Rows(tmp_path / "x").row(i).ids.tolist()) for i in range(2)]
     assert texts == ["one\ntwo\nthree<|endoftext|>", "four\nfive<|endoftext|>"]
 

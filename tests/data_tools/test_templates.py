@@ -140,6 +140,26 @@ def test_a_tokenizers_own_template(tmp_path, own, name):
     assert (mine.ids.tolist(), mine.trained.tolist()) == (named.ids.tolist(), named.trained.tolist())
 
 
+def test_spaces_before_texts_are_the_librarys(tmp_path):
+    """A Metaspace that puts a space before the first text alone, not behind special tokens; its own template begins with text."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    signs = "▁[]INSTuseratnwo/ q1a2<|>"
+    backend = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(dict.fromkeys(signs))}, merges=[], unk_token="<"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    own = "{% for m in messages %}[INST] {{ m['role'] }} {{ m['content'] }}{% generation %}{{ eos_token }}{% endgeneration %}{% endfor %}{{ bos_token }}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "</s>", "chat_template": own}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = build_template(OWN, build_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": turn.role, "content": turn.whole} for turn in TWO[1:]]
+    assert template.render(TWO[1:]).ids.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+
+
 def test_templates_that_do_not_go(tmp_path, llama):
     with pytest.raises(TokenizerError, match=r"needs the special token <\|im_start\|>, which this tokenizer has not"):
         build_template("chatml", llama)

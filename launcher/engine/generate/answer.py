@@ -79,7 +79,8 @@ def fill(lines: list[Line], answers: list[Answer], tokenizer: Tokenizer) -> None
     for answer in answers:
         line = lines[answer.line - 1]
         line.completion_tokens = len(answer.ids)
-        line.output, line.finish_reason = tokenizer.decode(answer.ids), answer.finish_reason
+        text = tokenizer.decode(answer.ids)
+        line.output, line.finish_reason = text.strip(" ") if line.turns else text, answer.finish_reason  # templates set spaces
         if answer.finish_reason == "error":
             line.fail(NO_NUMBERS)
     for line in lines:

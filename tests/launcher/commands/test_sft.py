@@ -33,7 +33,7 @@ def story(tmp_path_factory):
     base = RECIPE.format(**files, length="train_iters: 1", template="null", data="data_path: base_text_document, split: '100,0,0'", checkpoint="")
     tuned = RECIPE.format(
         **files, length="epochs: 80, early_stop_patience: 9", template="plain", data="train: train.jsonl, valid: valid.json",
-        checkpoint="load: runs/base, finetune: true, save_interval: 20, keep_best: true",
+        checkpoint="load: runs/base, save_interval: 20, keep_best: true",
     )  # fmt: skip
     (folder / "base.yaml").write_text(base.replace("eval_iters: 100", "eval_iters: 0"))
     (folder / "tuned.yaml").write_text(tuned)
@@ -72,6 +72,17 @@ def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(story):
     yuan(folder, "sft", "recipe=tuned.yaml", "run.name=again", "run.dir=runs/again")
     straight, again = losses(folder, "tuned"), losses(folder, "again")
     assert list(again) == list(range(21, 61)) and all(again[step] == straight[step] for step in again)
+
+
+def test_other_rows_are_noticed(story):
+    folder, _ = story
+    rows = (folder / "train.jsonl").read_text()
+    write_jsonl(folder / "train.jsonl", ROWS[::-1])
+    try:
+        done = yuan(folder, "sft", "recipe=tuned.yaml", check=False)
+    finally:
+        (folder / "train.jsonl").write_text(rows)
+    assert done.returncode == 2 and "derived.rows_sha256" in done.stderr and "--accept-changes" in done.stderr
 
 
 def test_it_answers_in_the_form_that_it_was_trained_in(story):
