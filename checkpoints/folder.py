@@ -10,15 +10,18 @@ A checkpoint is written into its `.part` folder, renamed when it is whole, and n
 the tracker, or sees a folder without `.part`, sees a whole checkpoint.
 """
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"  # ours, of the same form
 MANIFEST = "conversion.json"  # what a conversion writes beside the weights
 RELEASE = "release"  # Megatron-LM's name for weights that no training of this folder made
+_ASIDE = f"move {MANIFEST} elsewhere, if nothing else is wrong with the weights"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -57,6 +60,22 @@ def holds_weights_alone(checkpoint: Path) -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder has the name of a checkpoint, `iter_0001000` or `release`: what it is in holds a run or a model."""
     return bool(_NAME.fullmatch(path.name)) or holds_weights_alone(path)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What a conversion wrote beside the weights: empty where none did.
+
+    Raises:
+        CheckpointError: what is there cannot be read, or is no JSON object.
+    """
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", _ASIDE) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no object", _ASIDE)
+    return found
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from checkpoints.convert import checksum
 from checkpoints.files import mindspore, pickled, safetensors
 from checkpoints.files.stored import NAMES
 from checkpoints.folder import MANIFEST, CheckpointError
+from checkpoints.folder import manifest as folder_manifest
 from checkpoints.formats.base import Source
 from checkpoints.formats.mindspore import rank_file
 from checkpoints.models.gpt import SCALE
@@ -61,10 +61,9 @@ def sizes(source: Source) -> dict[str, int]:
 def manifest(folder: Path) -> dict[str, Any]:
     """What a conversion wrote beside the weights; empty where there is nothing, or what is no manifest."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return folder_manifest(folder)
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def unsound(source: Source, found: Found, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:

@@ -7,7 +7,6 @@ follows from its name. A training's pipeline stages and data-parallel copies are
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, get_args
 import torch
 
 from checkpoints.files import mindspore as file
-from checkpoints.folder import MANIFEST, CheckpointError, UnsaidError
+from checkpoints.folder import MANIFEST, CheckpointError, UnsaidError, manifest
 from checkpoints.formats.base import Readable, Source, Target
 from checkpoints.formats.hf import TOKENIZER_FILES, model_of, read_config, write_json
 from checkpoints.formats.rank_files import Shares, same
@@ -195,17 +194,10 @@ def agree_layout(folder: Path, fused: str) -> None:
 
 
 def _own_layout(folder: Path) -> Fused | None:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        own = json.loads(path.read_text(encoding="utf-8"))["fused_layout"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): without it --source-fused-layout has to say how fused matrices lie; move it elsewhere for that"
-        ) from error
-    if own not in get_args(Fused):
-        raise CheckpointError(f"{path}: fused_layout is {own!r}, and {', '.join(get_args(Fused))} are known")
+    found = manifest(folder)
+    own = found.get("fused_layout")
+    if found and own not in get_args(Fused):
+        raise CheckpointError(f"{folder / MANIFEST}: fused_layout is {own!r}, and {', '.join(get_args(Fused))} are known")
     return own
 
 

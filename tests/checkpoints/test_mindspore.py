@@ -172,7 +172,7 @@ def test_what_the_manifest_says_of_the_layout(tmp_path):
     agree_layout(path, "concat")
     with pytest.raises(CheckpointError, match="lie as concat, and --source-fused-layout says grouped"):
         agree_layout(path, "grouped")
-    for text, words in (("{", "cannot be read"), ("{}", "cannot be read .'fused_layout'"), ('{"fused_layout": "other"}', "'other', and separate, concat")):
+    for text, words in (("{", "cannot be read"), ('{"to": "hf"}', "fused_layout is None"), ('{"fused_layout": "other"}', "'other', and separate, concat")):
         (path / "conversion.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
             source(path, fused_layout="concat")
