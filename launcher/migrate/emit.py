@@ -27,6 +27,7 @@ SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision",
 OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "data.", "tokenizer.", "checkpoint.", "logging.")
 OF_THE_FORK = {
     "--attention-dropout",
+    "--attention-backend",
     *(f"--{key.split('.')[1].replace('_', '-')}" for key in YUAN_FIXED),
 }  # said otherwise, or fixed
 WIDTH = 110

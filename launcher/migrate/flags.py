@@ -17,7 +17,7 @@ SAME_NAME = """
     model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.kv_channels
     model.max_position_embeddings model.position_embedding_type model.rotary_base model.rotary_percent model.normalization
     model.use_rope_scaling model.rope_scaling_factor model.openai_gelu model.norm_epsilon model.swiglu model.add_qkv_bias model.untie_embeddings_and_output_weights model.init_method_std
-    model.attention_dropout model.hidden_dropout model.attention_softmax_in_fp32 model.make_vocab_size_divisible_by
+    model.attention_dropout model.hidden_dropout model.attention_backend model.attention_softmax_in_fp32 model.make_vocab_size_divisible_by
     parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.pipeline_model_parallel_layout
     parallel.num_layers_per_virtual_pipeline_stage parallel.decoder_first_pipeline_num_layers
     parallel.decoder_last_pipeline_num_layers parallel.sequence_parallel parallel.use_distributed_optimizer
@@ -92,8 +92,12 @@ SPELLINGS = {
     "--use-checkpoint-lr-scheduler": "--use-checkpoint-opt_param-scheduler",
     "--override-lr-scheduler": "--override-opt_param-scheduler", "--dist-ckpt-format": "--ckpt-format",
 }  # fmt: skip
-VALUES = {  # other programs' values of a flag, with the recipe's
-    "--tokenizer-type": {"GPTSentencePieceTokenizer": "SentencePieceTokenizer", "Llama2Tokenizer": "SentencePieceTokenizer"},
+VALUES = {  # other programs' values of a flag, with the recipe's, and what there is to know of that
+    "--tokenizer-type": (
+        {"GPTSentencePieceTokenizer": "SentencePieceTokenizer", "Llama2Tokenizer": "SentencePieceTokenizer"},
+        "in Megatron-LM 0.16 one tokenizer under these names; before, SentencePieceTokenizer had five ids more",
+    ),
+    "--attention-backend": ({"local": "unfused"}, "Megatron-LM's local attention is the unfused one"),
 }
 
 _FUSIONS = "yuan chooses its kernels by itself; the results are the same but for rounding"
@@ -111,7 +115,7 @@ _DEBUGGING = "it is for debugging and profiling"
 WITHOUT_BEARING = {
     _FUSIONS: """--use-flash-attn --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
         --no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm --cross-entropy-loss-fusion
-        --cross-entropy-fusion-impl --attention-backend --use-te-activation-func --fused-rmsnorm --no-query-key-layer-scaling
+        --cross-entropy-fusion-impl --use-te-activation-func --fused-rmsnorm --no-query-key-layer-scaling
         --no-apply-query-key-layer-scaling --apply-query-key-layer-scaling --use-fused-weighted-squared-relu --flash-decode
         --enable-cuda-graph --cuda-graph-* --external-cuda-graph""",
     "on GPUs GELU with a bias is fused, by the formula with tanh, as Megatron-LM's default is: within 0.0005 of the exact one":

@@ -204,12 +204,13 @@ def _valued(line: Line, flag: table.Flag, words: list[str]) -> None:
     if flag.kind == "list":
         line.became = {flag.key: _list(line, flag.key, words)}
         return
-    value = table.VALUES.get(flag.name, {}).get(words[0], words[0])
+    others, note = table.VALUES.get(flag.name, ({}, ""))
+    value = others.get(words[0], words[0])
     if table.choices(flag.key) and value not in table.choices(flag.key):
         line.lost = f"{words[0]} is not among what {flag.key} can be: {', '.join(map(str, table.choices(flag.key)))}"
         return
     if value != words[0]:
-        line.note = "in Megatron-LM 0.16 one tokenizer under these names; before, SentencePieceTokenizer had five ids more"
+        line.note = note
     line.became = {flag.key: _typed(line, flag.key, value)}
 
 

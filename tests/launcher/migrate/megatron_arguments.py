@@ -24,6 +24,7 @@ CHOICES = {
     "normalization": ("LayerNorm", "RMSNorm"),
     "recompute-granularity": (None, "full", "selective"),
     "recompute-method": (None, "uniform", "block"),
+    "attention-backend": ("auto", "flash", "fused", "unfused", "local"),
     "optimizer": ("adam", "sgd", "muon", "dist_muon"),
     "lr-decay-style": ("linear", "constant", "cosine", "inverse-square-root", "WSD"),
     "lr-wsd-decay-style": ("exponential", "linear", "cosine", "minus_sqrt"),

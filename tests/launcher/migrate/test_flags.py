@@ -58,7 +58,8 @@ OPTIONAL = {
     "pipeline-model-parallel-layout": st.sampled_from(["Et*4|t*4L", "E|(t|)*8L"]), "data-cache-path": path,
     "tokenizer-model": path, "vocab-file": path, "merge-file": path, "lr-wsd-decay-iters": positive, "lr-wsd-decay-samples": positive,
     **{name: st.sampled_from([word for word in words if word]) for name, words in CHOICES.items()
-       if name not in ("tokenizer-type", "recompute-granularity", "recompute-method", "optimizer", "position-embedding-type", "ckpt-format")},
+       if name not in ("tokenizer-type", "recompute-granularity", "recompute-method", "optimizer", "position-embedding-type", "ckpt-format", "attention-backend")},
+    "attention-backend": st.sampled_from(["auto", "flash", "fused", "unfused"]),
     "position-embedding-type": st.sampled_from(["learned_absolute", "rope", "none"]), "ckpt-format": st.sampled_from(["torch", "torch_dist"]),
 }  # fmt: skip
 SWITCHES = """swiglu add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 use-distributed-optimizer
@@ -212,10 +213,15 @@ def test_what_changes_the_result_and_has_no_key_is_said_loudly(yuan, flags):
     assert f"#   missing: {flags}" in report
 
 
+def test_the_attention_of_megatrons_own_is_the_unfused_one():
+    line = lines_of("--attention-backend local")["--attention-backend"]
+    assert line.became == {"model.attention_backend": "unfused"} and "local" in line.note and not line.lost
+
+
 @pytest.mark.parametrize("flags", [
     "--context-parallel-size 1", "--fim-rate 0.0", "--use-mcore-models", "--no-masked-softmax-fusion", "--tensorboard-dir x",
     "--dataloader-type single", "--spec local", "--exit-signal-handler", "--recompute-modules core_attn",
-    "--wandb-project x", "--cuda-graph-scope full", "--distributed-backend nccl", "--attention-backend auto",
+    "--wandb-project x", "--cuda-graph-scope full", "--distributed-backend nccl",
 ])  # fmt: skip
 def test_what_has_no_bearing_is_dropped_with_the_reason(flags):
     line = lines_of(flags)[flags.split()[0]]
