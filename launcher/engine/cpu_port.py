@@ -1,4 +1,5 @@
-"""megatron-core on a machine without CUDA: the one place in this repository that patches anything.
+"""megatron-core on a machine without CUDA: the one place in this repository that patches anything, but for `data.py`, which
+while it builds the sample index puts two functions of torch.distributed's aside.
 
 megatron-core 0.16 takes its device from `torch.cuda` wherever it allocates, seeds or synchronises. On a CPU each of
 those names is redirected to what it means there; the model, the pipeline schedules, the distributed optimizer and the
