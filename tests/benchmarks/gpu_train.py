@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m tests.benchmarks.gpu_train shapes=1.3b parallel.use_distributed_optimizer=true
     torchrun --nproc-per-node 1 -m tests.benchmarks.gpu_train shapes=tiny      on a CPU, to see that it runs
 
-Further words are a recipe's, for yuan; the bare loop is data-parallel alone. Both train in turns in one process per GPU,
-each built anew, on random tokens, without dropout or recomputation. MFU counts Megatron-LM's arithmetic of the model, against
+Further words are a recipe's, for yuan; the bare loop is data-parallel alone. In one process per GPU yuan trains
+first, then the bare loop, on random tokens, without dropout or recomputation. MFU counts Megatron-LM's arithmetic of the model, against
 the data sheet's dense peak of the GPU and against the rate of the largest matrix product that this GPU gives. The report
 ends with one line of JSON that names date, hardware and versions.
 """
