@@ -105,8 +105,10 @@ class _Found:
         self.settings = vars(grid[0][0]["args"]) if isinstance(grid[0][0].get("args"), Namespace) else {}
         self.version = self._one([rank for stage in grid for rank in stage], "checkpoint_version", 0)
         self._one([rank for stage in grid for rank in stage], "iteration", 0)
-        parts = max(len(_models(rank)) for stage in grid for rank in stage)
-        for part in range(parts):
+        counts = {len(_models(rank)) for stage in grid for rank in stage}
+        if len(counts) > 1:
+            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {' and '.join(map(str, sorted(counts)))} parts of the model")
+        for part in range(counts.pop()):
             for p, stage in enumerate(grid):
                 self._add(p, [dict(_flat(_models(rank)[part])) for rank in stage])
 
@@ -229,7 +231,8 @@ def companions(folder: Path) -> list[Path]:
 
 def _above(folder: Path) -> list[Path]:
     """The folder that a checkpoint is in, where that is one model's: what lies beside any other folder is not its own."""
-    return [folder.parent] if is_checkpoint(folder) else []
+    here = folder.absolute()  # `.` has a name too
+    return [here.parent] if is_checkpoint(here) else []
 
 
 def _other_ranks(settings: Mapping[str, Any], tensor: int, pipeline: int) -> str:

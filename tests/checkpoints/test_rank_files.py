@@ -212,6 +212,10 @@ def _nan(content):
     content["model"]["language_model"]["encoder"]["layers.0.mlp.dense_4h_to_h.weight"][0, 0] = float("nan")
 
 
+def _two_parts(content):
+    content["model0"] = content["model1"] = content.pop("model")
+
+
 def _later(content):
     content["iteration"] = 500
 
@@ -232,6 +236,7 @@ DAMAGE = {
     "the head is no copy": ("mp_rank_00_001", _head, "word_embeddings_for_head.weight should be a copy of .*embedding.* and is not"),
     "shares differ in shape": ("mp_rank_01_000", _shape, r"layers.0.mlp.dense_4h_to_h.weight is not of one kind .*\[16, 12\].*\[16, 5\]"),
     "a rank is of another iteration": ("mp_rank_01_001", _later, "not of one checkpoint, they say iteration 1 and 500"),
+    "a rank is interleaved": ("mp_rank_01_001", _two_parts, "not of one checkpoint, they hold 1 and 2 parts of the model"),
     "a share is NaN": ("mp_rank_01_001", _nan, "decoder.layers.3.mlp.linear_fc2.weight holds NaN .* --allow-nan"),
     "an old order": ("mp_rank_0*_000", _old, "checkpoint_version 1.0"),
     "code": ("mp_rank_01_001", lambda c: c.update(args=Evil()), "asks for posix.system, .* nothing of it was run"),
