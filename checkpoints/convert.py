@@ -96,12 +96,17 @@ def open_source(
 
 
 def convert(
-    source: Source, folder: Path, wanted: Wanted, carry: Callable[[Path], None], progress: Progress = lambda what, count: None
+    source: Source,
+    folder: Path,
+    wanted: Wanted,
+    carry: Callable[[Path], None],
+    progress: Progress = lambda what, count: None,
+    zeroed: Callable[[str, int], None] = lambda name, count: None,
 ) -> dict[str, int]:
     """Write `source` into `folder`, which is there when it is whole: read back, and every tensor found to be what was written.
 
-    `carry` is given the folder of the weights before that, to put there what belongs to a model besides. Returns each
-    tensor's checksum.
+    `carry` is given the folder of the weights before that, to put there what belongs to a model besides. `zeroed` is told of
+    each tensor in which numbers became 0, too small for their new type: its name, and how many. Returns each tensor's checksum.
 
     Raises:
         CheckpointError: `folder` is there already, the format cannot hold this model, a tensor is damaged.
@@ -110,7 +115,7 @@ def convert(
         weights = part if wanted.to in BARE else part / RELEASE
         weights.mkdir(exist_ok=True)
         target = make_target(source, weights, wanted)
-        sums = copy(source, target, lambda count: progress("writing", count), wanted.allow_nan)
+        sums = copy(source, target, lambda count: progress("writing", count), wanted.allow_nan, zeroed)
         written = open_source(recognise(weights), target.model, fused_layout=wanted.fused_layout)
         compare(written, sums, lambda count: progress("checking", count))
         write_manifest(weights, source, target, wanted, sums)
@@ -238,8 +243,14 @@ def _begin(part: Path, source: Path) -> None:
     (part / _MARK).write_text(f"pid {os.getpid()}\nsource {source}\n", encoding="utf-8")
 
 
-def copy(source: Source, target: Target, progress: Callable[[int], None] = lambda count: None, allow_nan: bool = False) -> dict[str, int]:
-    """Write every tensor of `source` into `target`, and end it. Returns each one's checksum, as written.
+def copy(
+    source: Source,
+    target: Target,
+    progress: Callable[[int], None] = lambda count: None,
+    allow_nan: bool = False,
+    zeroed: Callable[[str, int], None] = lambda name, count: None,
+) -> dict[str, int]:
+    """Write every tensor of `source` into `target`, and end it; `zeroed` as in `convert`. Returns each one's checksum, as written.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity (unless `allow_nan`), or would not fit its new type.
@@ -247,7 +258,11 @@ def copy(source: Source, target: Target, progress: Callable[[int], None] = lambd
     sums: dict[str, int] = {}
     with ThreadPoolExecutor(1) as beside:  # zlib lets go of Python's lock: checksums cost no time while there is writing
         for tensor in target.order():
-            whole = _as(source.read(tensor.name), target.dtypes[tensor.name], tensor.name, allow_nan)
+            found = source.read(tensor.name)
+            whole = _as(found, target.dtypes[tensor.name], tensor.name, allow_nan)
+            if whole.dtype != found.dtype and (count := int(found.count_nonzero() - whole.count_nonzero())):
+                zeroed(tensor.name, count)
+            del found  # else one more tensor is in memory while the next is read
             if tensor.name in sums:
                 raise ValueError(f"{tensor.name} was asked for twice")
             its_sum = beside.submit(checksum, whole)

@@ -23,13 +23,16 @@ class Compared:
     """One tensor of both.
 
     Attributes:
-        kind: same, bit for bit; rounded, the one being the other in fewer bits; different; missing in one.
+        kind: same, bit for bit; rounded, the one being the other in fewer bits and infinite nowhere else; different; missing
+            in one.
         what: of what is not the same, in words.
+        zeroed: of what is rounded, how many numbers are 0 in one and not in the other.
     """
 
     name: str
     kind: Literal["same", "rounded", "different", "missing"]
     what: str = ""
+    zeroed: int = 0
 
 
 def models(first: Source, second: Source) -> dict[str, tuple[object, object]]:
@@ -70,8 +73,19 @@ def _compared(name: str, one: torch.Tensor, other: torch.Tensor, types: str) -> 
     if one.dtype == other.dtype and raw_equal(one, other):
         return Compared(name, "same")
     if one.dtype != other.dtype and (raw_equal(one.to(other.dtype), other) or raw_equal(one, other.to(one.dtype))):
-        return Compared(name, "rounded", types)
+        overflown, zeroed = _lost(one, other)
+        if not overflown:
+            return Compared(name, "rounded", types, zeroed)
     return Compared(name, "different", f"{types}: {_distance(one, other)}")
+
+
+def _lost(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
+    """How many numbers are finite, and how many 0, in one of the two alone."""
+    overflown = zeroed = 0
+    for a, b in zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True):
+        overflown += int((a.isfinite() != b.isfinite()).sum())
+        zeroed += int(((a == 0) != (b == 0)).sum())
+    return overflown, zeroed
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> str:

@@ -110,8 +110,9 @@ def open_source(folder: Path) -> Source:
     config = read_config(folder)
     model = model_of(config, where)
     family = FAMILIES[config["model_type"]]
-    found = _with_prefix(_tensors(folder), family.PREFIX)
-    left_out = {name: why for name in found if (why := family.no_weight(name))}
+    tensors, unnamed = _tensors(folder)
+    found = _with_prefix(tensors, family.PREFIX)
+    left_out = {name: "a file that the index does not name" for name in unnamed} | {name: why for name in found if (why := family.no_weight(name))}
     table: list[Foreign] = family.foreign(model)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
         left_out[_HEAD] = _tied_copy(folder, found, next(one.names[0] for one in table if one.tensor.name == _EMBEDDING))
@@ -139,24 +140,28 @@ def _with_prefix(found: dict[str, Readable], prefix: str) -> dict[str, Readable]
     return {name if name == _HEAD else prefix + name: one for name, one in found.items()}
 
 
-def _tensors(folder: Path) -> dict[str, Readable]:
-    """Every tensor of a folder: of its safetensors where there are any, else of its .bin files."""
+def _tensors(folder: Path) -> tuple[dict[str, Readable], list[str]]:
+    """Every tensor of a folder: of its safetensors where there are any, else of its .bin files. And the files that its index
+    leaves out."""
     for stem, suffix, read in (("model", "safetensors", safetensors.read_header), ("pytorch_model", "bin", _read_bin)):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
-            return _indexed(folder, index, read)
+            found, files = _indexed(folder, index, read)
+            if single.is_file() and single.name not in files:
+                raise CheckpointError(f"{folder} holds both {single.name} and {index.name}, which names other files", "move away the one that is not meant")
+            return found, sorted(path.name for path in folder.glob(f"{stem}*.{suffix}") if path.name not in files)
         if single.is_file():
-            return dict(read(single))
+            return dict(read(single)), []
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
     raise CheckpointError(f"{folder} has no model.safetensors, pytorch_model.bin or index of several (there: {there})")
 
 
-def _indexed(folder: Path, index: Path, read: Any) -> dict[str, Readable]:
+def _indexed(folder: Path, index: Path, read: Any) -> tuple[dict[str, Readable], list[str]]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
+        files = list(dict.fromkeys(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}", "download it again") from error
     headers = {name: read(inside(folder, name, index)) for name in files}
     found: dict[str, Readable] = {}
     for file, header in headers.items():
@@ -165,8 +170,8 @@ def _indexed(folder: Path, index: Path, read: Any) -> dict[str, Readable]:
                 raise CheckpointError(f"{name} is in two files of {folder}: {file} and another")
             found[name] = stored
     if missing := [name for name, file in places.items() if name not in headers[file]]:
-        raise CheckpointError(f"{index} names tensors that are not in their files: {', '.join(missing[:8])}")
-    return found
+        raise CheckpointError(f"{index} names tensors that are not in their files: {', '.join(missing[:8])}", "download the folder again")
+    return found, files
 
 
 def _read_bin(path: Path) -> dict[str, Readable]:

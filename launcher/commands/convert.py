@@ -95,13 +95,15 @@ def convert(
         if verify:
             raise typer.Exit(compare(loaded))
     except CheckpointError as error:
-        raise UserError(str(error), "", "") from error
+        raise UserError(str(error), "", error.fix) from error
+    except OSError as error:
+        raise UserError(f"cannot read: {error}", "", "see to the disk and the rights there") from error
     for warning in ensure(loaded, "convert"):
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
     try:
         _run(loaded)
     except CheckpointError as error:
-        raise UserError(str(error), loaded.recipe.convert.source or "", "") from error
+        raise UserError(str(error), loaded.recipe.convert.source or "", error.fix) from error
     except OSError as error:
         fix = "see to the space and the rights there, and start again"
         raise UserError(f"cannot read or write: {error}", str(loaded.recipe.convert.target), fix) from error
@@ -141,10 +143,14 @@ def _run(loaded: Loaded) -> None:
             _copy(tokenizer.files, weights if asked.to in conversion.BARE else weights.parent)
 
     _give_memory_back()
+    zeroed: dict[str, int] = {}
     started = time.monotonic()
     with _Meter(2 * size) as meter:
-        conversion.convert(source, Path(asked.target or ""), wanted, carry, meter.show)
+        conversion.convert(source, Path(asked.target or ""), wanted, carry, meter.show, zeroed.__setitem__)
     seconds = time.monotonic() - started
+    if zeroed:
+        what = f"{sum(zeroed.values()):,} numbers in {len(zeroed):,} tensors, such as {next(iter(zeroed))}, are too small for {asked.dtype}, and became 0"
+        typer.echo(f"warning: {what}", err=True)
     for name, why in _grouped(source.left_out).items():
         typer.echo(f"left out   {why}: {name}")
     if isinstance(source, Quantized):

@@ -34,14 +34,18 @@ def compare(loaded: Loaded) -> int:
     said = verify.models(first, second)
     for key, (ours, theirs) in said.items():
         typer.echo(f"differs    {key}: {ours} and {theirs}")
+    zeroed: dict[str, int] = {}
     counts = {"same": 0, "rounded": 0, "different": 0, "missing": 0}
     for one in verify.compare(first, second):
         counts[one.kind] += 1
+        zeroed |= {one.name: one.zeroed} if one.zeroed else {}
         if one.kind in ("different", "missing") and counts["different"] + counts["missing"] <= _SHOWN:
             typer.echo(f"differs    {one.name}: {one.what}")
     wrong = counts["different"] + counts["missing"]
     if wrong > _SHOWN:
         typer.echo(f"           and {wrong - _SHOWN:,} more")
+    if zeroed:
+        typer.echo(f"rounded    {sum(zeroed.values()):,} numbers are 0 in one alone, in {len(zeroed):,} tensors, such as {next(iter(zeroed))}")
     alike = [f"{counts['same']:,} the same bit for bit"] + ([f"{counts['rounded']:,} but for rounding"] if counts["rounded"] else [])
     typer.echo(f"tensors    {sum(counts.values()):,}: {', '.join([*alike, f'{wrong:,} differ'])}")
     return 1 if wrong or said else 0

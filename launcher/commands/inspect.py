@@ -48,7 +48,10 @@ def inspect(
     }  # fmt: skip
     loaded = load_recipe([word for word in words if "=" in word], options, default="")
     raise_all(loaded.faults)
-    problems = _inspect(loaded, path, deep)
+    try:
+        problems = _inspect(loaded, path, deep)
+    except OSError as error:
+        raise UserError(f"cannot read: {error}", str(path), "see to the disk and the rights there") from error
     for problem in problems[:_SHOWN]:
         typer.echo(f"problem    {problem}")
     if len(problems) > _SHOWN:
