@@ -38,7 +38,7 @@ def quantize(whole: torch.Tensor, name: str = "a weight") -> tuple[torch.Tensor,
             rows = whole[first : first + step].float()
             largest = rows.abs().amax(1)
             if not largest.isfinite().all():
-                raise CheckpointError(f"{name} holds NaN or infinity, and cannot be quantized")
+                raise CheckpointError(f"{name} holds NaN or infinity, and cannot be quantized", "take an older checkpoint, or leave out --quantize")
             scale = torch.where(largest > 0, 2 * largest / 255, 1.0)
             q = (rows / scale[:, None]).round_().clamp_(-128, 127)
             numbers[first : first + step], scales[first : first + step] = q, scale
@@ -70,7 +70,7 @@ class Quantized(Source):
         CheckpointError: its weights are quantized already.
         """
         if source.model.quantize:
-            raise CheckpointError(f"{source.path} has weights in {source.model.quantize} already")
+            raise CheckpointError(f"{source.path} has weights in {source.model.quantize} already", "leave out --quantize")
         vars(self).update(vars(source))
         self._source, self.model = source, replace(source.model, quantize="int8")
         self._scaled = {tensor.name.removesuffix(SCALE) + "weight" for tensor in self.tensors if tensor.within.endswith(SCALE)}

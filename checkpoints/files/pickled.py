@@ -82,7 +82,7 @@ class Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if full in _CARRIED_NAMES or module.startswith(_CARRIED):
             return Inert
-        raise CheckpointError(f"{self._path} asks for {full}, which no checkpoint needs: nothing of it was run. Do not trust this file")
+        raise CheckpointError(f"{self._path} asks for {full}, which no checkpoint needs: nothing of it was run", "do not trust this file")
 
     def read(self) -> Any:
         """The object.
@@ -118,7 +118,7 @@ class _TorchUnpickler(Unpickler):
             raise CheckpointError(f"{self._path} holds a storage of an unknown type")
         offset, size = self._places[key]
         if count * dtype.itemsize > size:
-            raise CheckpointError(f"{self._path} is damaged: storage {key} has {size:,} bytes for {count:,} {dtype}")
+            raise CheckpointError(f"{self._path} is damaged: storage {key} has {size:,} bytes for {count:,} {dtype}", _AGAIN)
         return dtype, offset, size
 
     def _tensor(self, storage: tuple[torch.dtype, int, int], start: int, shape: Any, strides: Any, *_: Any) -> Stored:
@@ -127,7 +127,7 @@ class _TorchUnpickler(Unpickler):
             raise CheckpointError(f"{self._path} is damaged: a tensor's shape holds what is no number", _AGAIN)
         stored = Stored(self._path, offset + start * dtype.itemsize, dtype, tuple(shape), tuple(strides))
         if min((start, *stored.shape, *strides), default=0) < 0 or start * dtype.itemsize + stored.nbytes > size:
-            raise CheckpointError(f"{self._path} is damaged: a tensor lies outside its storage")
+            raise CheckpointError(f"{self._path} is damaged: a tensor lies outside its storage", _AGAIN)
         return stored
 
 
@@ -146,32 +146,34 @@ def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
         except (zipfile.BadZipFile, OSError) as error:
             if offset == 0 and _is_old(path):
                 return _read_old(path)
-            raise CheckpointError(f"{path} is cut off or no file of torch.save: {error}") from error
+            raise CheckpointError(f"{path} is cut off or no file of torch.save: {error}", _AGAIN) from error
         try:
             root, places = _records(path, view, archive, offset)
             content = archive.read(f"{root}/data.pkl")
         except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            raise CheckpointError(f"{path} is damaged: {error}", _AGAIN) from error
     found = _TorchUnpickler(io.BytesIO(content), path, places).read()
-    _expect_tree(found, path, set())
+    _expect_tree(found, path, set(), set())
     return found
 
 
-def _expect_tree(value: Any, path: Path, above: set[int]) -> None:
+def _expect_tree(value: Any, path: Path, above: set[int], known: set[int]) -> None:
     """Dictionaries and lists end somewhere: none is deep, or holds itself."""
     if isinstance(value, (dict, list, tuple)):
         if id(value) in above or len(above) > _DEEPEST:
-            raise CheckpointError(f"{path} is damaged: a dictionary or list in it holds itself, or is nested more than {_DEEPEST} deep", _AGAIN)
+            what = f"a dictionary or list in it holds itself, or is nested more than {_DEEPEST} deep"
+            raise CheckpointError(f"{path} is damaged: {what}", _AGAIN)
         for one in value.values() if isinstance(value, dict) else value:
-            if isinstance(one, (dict, list, tuple)):
-                _expect_tree(one, path, above | {id(value)})
+            if isinstance(one, (dict, list, tuple)) and id(one) not in known:
+                _expect_tree(one, path, above | {id(value)}, known)
+        known.add(id(value))
 
 
 def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tuple[str, dict[str, tuple[int, int]]]:
     """The folder that all of an archive lies in, and where in the file each of its storages lies."""
     roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise CheckpointError(f"{path} is no file of torch.save: {len(roots)} data.pkl in it")
+        raise CheckpointError(f"{path} is no file of torch.save: {len(roots)} data.pkl in it", _AGAIN)
     if packed := [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
         raise CheckpointError(f"{path} is damaged: {packed[0]} is compressed, which torch.save never does", _AGAIN)
     if f"{roots[0]}/byteorder" in archive.namelist() and archive.read(f"{roots[0]}/byteorder") != b"little":
@@ -203,7 +205,7 @@ def _read_old(path: Path) -> Any:
             what = f"{path} is of torch before 1.6 and asks for {', '.join(asked[:4])}, which is not read from such a file: nothing of it was run"
             raise CheckpointError(what, "where you trust it, load it with the program that wrote it, and save it with a torch of today") from error
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}", _AGAIN) from error
-    _expect_tree(found, path, set())
+    _expect_tree(found, path, set(), set())
     return found
 
 

@@ -22,6 +22,7 @@ TYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in TYPES.items()}
+_AGAIN = "copy or download it again"
 _HEADER_LIMIT = 100_000_000  # the library's own
 
 
@@ -36,13 +37,13 @@ def read_header(path: Path) -> dict[str, Stored]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(_HEADER_LIMIT, size - 8):
-            raise CheckpointError(f"{path} is no safetensors file, or is cut off: its header does not fit its {size:,} bytes")
+            raise CheckpointError(f"{path} is no safetensors file, or is cut off: its header does not fit its {size:,} bytes", _AGAIN)
         try:
             header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             found = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: the header cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: the header cannot be read: {error}", _AGAIN) from error
     _check_places(path, found, 8 + length, size)
     return found
 
@@ -69,11 +70,11 @@ def _stored(path: Path, entry: dict[str, Any], base: int) -> Stored:
 def _check_places(path: Path, found: dict[str, Stored], at: int, size: int) -> None:
     for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != at:
-            raise CheckpointError(f"{path}: {name} {'overlaps what is before it' if stored.offset < at else 'follows a gap'}")
+            raise CheckpointError(f"{path}: {name} {'overlaps what is before it' if stored.offset < at else 'follows a gap'}", _AGAIN)
         at += stored.nbytes
     if at != size:
         what = f"is cut off: {at:,} bytes in its header" if at > size else f"has {size - at:,} bytes that no tensor owns"
-        raise CheckpointError(f"{path} {what}, {size:,} there")
+        raise CheckpointError(f"{path} {what}, {size:,} there", _AGAIN)
 
 
 class Writer:

@@ -34,7 +34,7 @@ class Stored:
 
     def __setstate__(self, state: Any) -> None:
         """A pickle can give any object another state: this one would then read another file."""
-        raise CheckpointError("a pickle changes where a tensor lies, which no checkpoint does: do not trust this file")
+        raise CheckpointError(f"{self.path}: its pickle changes where a tensor lies, which no checkpoint does", "do not trust this file")
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,7 @@ class Stored:
             try:
                 pages = mmap.mmap(file.fileno(), self.offset + self.nbytes - start, offset=start, access=mmap.ACCESS_COPY)
             except ValueError as error:
-                raise CheckpointError(f"{self.path} is cut off: it ends before byte {self.offset + self.nbytes:,}") from error
+                raise CheckpointError(f"{self.path} is cut off: it ends before byte {self.offset + self.nbytes:,}", _AGAIN) from error
         flat = _elements(pages, self.dtype, self.nbytes // self.dtype.itemsize, self.offset - start)
         return flat.as_strided(self.shape, self.strides or contiguous(self.shape))
 
@@ -107,7 +107,7 @@ def inside(folder: Path, name: Any, named_in: Path) -> Path:
         raise CheckpointError(f"{named_in} names {name!r}, which is no name of a file", _AGAIN)
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve().parent != folder.resolve() and not path.is_symlink():
-        raise CheckpointError(f"{named_in} names {name!r}, which leads out of its folder")
+        raise CheckpointError(f"{named_in} names {name!r}, which leads out of its folder", "do not trust this folder")
     if not path.is_file():
         raise CheckpointError(f"{named_in} names {name}, which is not there", _AGAIN)
     return path

@@ -148,7 +148,8 @@ def _tensors(folder: Path) -> tuple[dict[str, Readable], list[str]]:
         if index.is_file():
             found, files = _indexed(folder, index, read)
             if single.is_file() and single.name not in files:
-                raise CheckpointError(f"{folder} holds both {single.name} and {index.name}, which names other files", "move away the one that is not meant")
+                what = f"{folder} holds both {single.name} and {index.name}, which names other files"
+                raise CheckpointError(what, "move away the one that is not meant")
             return found, sorted(path.name for path in folder.glob(f"{stem}*.{suffix}") if path.name not in files)
         if single.is_file():
             return dict(read(single)), []

@@ -32,7 +32,7 @@ def even(layers: int, stages: int) -> list[int]:
         CheckpointError: that cannot be.
     """
     if layers % stages:
-        raise CheckpointError(f"{layers} layers cannot be shared out over {stages} pipeline stages evenly: give --layout")
+        raise CheckpointError(f"{layers} layers cannot be shared out over {stages} pipeline stages evenly: give --layout", "--layout, or another --pp")
     return [layers // stages] * stages
 
 
@@ -64,10 +64,10 @@ class RankFiles(Target):
     def _check(self) -> None:
         heads, groups = self.model.num_attention_heads, self.model.num_query_groups
         if heads % self._ranks or groups % self._ranks and (self._ranks % groups or self._dialect.format != "torch"):
-            raise CheckpointError(f"{heads} heads in {groups} groups cannot be shared out over TP {self._ranks}")
+            raise CheckpointError(f"{heads} heads in {groups} groups cannot be shared out over TP {self._ranks}", "another --tp")
         for piece in (piece for pieces in self._pieces.values() for piece in pieces):
             if piece.axis is not None and piece.shape[piece.axis] % (self._ranks * piece.parts):
-                raise CheckpointError(f"{piece.name} {list(piece.shape)} cannot be shared out over TP {self._ranks}")
+                raise CheckpointError(f"{piece.name} {list(piece.shape)} cannot be shared out over TP {self._ranks}", "another --tp")
 
     # ---- what a file holds
 

@@ -126,7 +126,8 @@ def open_source(folder: Path, model: Model) -> Source:
         key = key_of(tensor, model)
         if key in index:
             if tensor.layer is not None and index[key].shape[:1] != (model.num_layers,):
-                raise CheckpointError(f"{folder}: {key} is of {index[key].shape[0] if index[key].shape else 0} layers, and the model has {model.num_layers}", _LAYERS)
+                layers = index[key].shape[0] if index[key].shape else "no"
+                raise CheckpointError(f"{folder}: {key} is of {layers} layers, and the model has {model.num_layers}", _LAYERS)
             found[tensor.name] = index[key] if tensor.layer is None else _layer(index[key], tensor.layer)
         elif tensor.layer is not None and (apart := key.replace("layers.", f"layers.{tensor.layer}.", 1)) in index:
             found[tensor.name] = index[apart]  # layers that differ are not stacked

@@ -27,13 +27,17 @@ def model_of(args: Mapping[str, Any], where: str, **more: Any) -> Model:
     derived = {
         "family": args.get("family") or _family(args),
         "num_query_groups": args.get("num_query_groups") if grouped else heads,
-        "kv_channels": args.get("kv_channels") or (shared(args["hidden_size"], heads, "hidden_size and num_attention_heads", where) if args.get("hidden_size") and heads else None),
+        "kv_channels": args.get("kv_channels") or (_channels(args, where) if args.get("hidden_size") and heads else None),
         "norm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon"),
         "rotary_base": int(number(args.get("rotary_base") or 10000, "rotary_base", where)),
         "num_layers": args.get("num_layers"),
     }
     derived["num_query_groups"] = derived["num_query_groups"] or heads
     return Model.of({**args, **{key: value for key, value in derived.items() if value is not None}}, where, **more)
+
+
+def _channels(args: Mapping[str, Any], where: str) -> int:
+    return shared(args["hidden_size"], args["num_attention_heads"], "hidden_size and num_attention_heads", where)
 
 
 def _family(args: Mapping[str, Any]) -> str:
