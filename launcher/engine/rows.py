@@ -30,6 +30,11 @@ class RowSamples(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def share(self) -> float:
+        """Of all positions, those whose label is trained."""
+        return self.samples.supervised / (len(self.samples) * self.samples.seq_length)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.samples.sample(self._place(index), self.filling)
         mask = sample["loss_mask"]

@@ -182,6 +182,7 @@ class Trainer:
         self.batches = self._loaders(train, state.consumed_train_samples)
         self.valid_batches = [] if self.of_rows else self._loaders(self.valid, state.consumed_valid_samples(recipe))
         self.has_valid, self.has_test = agreed(self.valid is not None, self.test is not None)
+        self.supervised = train.share if self.of_rows and train is not None else None
         self.eval_iters = recipe.training.eval_iters
         if self.of_rows:  # the whole set, or so many batches of it, the same at every evaluation
             self.eval_iters = min(self.eval_iters, most(len(self.valid or ()) // recipe.training.global_batch_size))
@@ -269,6 +270,7 @@ class Trainer:
             "nan_iterations": sum(not math.isfinite(loss) for loss in pending.skipped_losses),
             "iteration_time_ms": seconds * 1000,
             "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": None if self.supervised is None else tokens * self.supervised / seconds,
             "tflops": tokens * self.flops_per_token / seconds / 1e12 / recipe.derived.world_size,
             "memory_gib": memory_gib(),
             "eta_s": seconds * (recipe.derived.train_iters - state.iteration),

@@ -19,8 +19,8 @@ from launcher.run.folder import RunFolder
 
 TRAIN_KEYS = (
     "iteration", "train_iters", "consumed_samples", "lm_loss", "learning_rate", "grad_norm", "loss_scale",
-    "global_batch_size", "skipped_iterations", "nan_iterations", "iteration_time_ms", "tokens_per_second", "tflops",
-    "memory_gib", "eta_s", "time",
+    "global_batch_size", "skipped_iterations", "nan_iterations", "iteration_time_ms", "tokens_per_second", "supervised_tokens_per_second",
+    "tflops", "memory_gib", "eta_s", "time",
 )  # fmt: skip
 VALIDATION_KEYS = ("iteration", "consumed_samples", "set", "lm_loss_validation", "ppl", "time")
 
@@ -177,13 +177,17 @@ def train_line(record: dict[str, Any]) -> str:
             f"loss {_number(record['lm_loss'], '.4f')}",
             f"lr {_number(record['learning_rate'], '.3e')}",
             f"grad norm {_number(record['grad_norm'], '.3f')}",
-            f"{_number(record['tokens_per_second'], ',.0f')} tok/s",
+            f"{_number(record['tokens_per_second'], ',.0f')} tok/s{_supervised(record['supervised_tokens_per_second'])}",
             f"{_number(record['tflops'], '.3g')} TFLOP/s",
             f"{_number(record['memory_gib'], '.1f')} GiB",
             f"ETA {_duration(record['eta_s'])}",
         ]
         + ([f"{record['skipped_iterations']} skipped"] if record["skipped_iterations"] else [])
     )
+
+
+def _supervised(rate: float | None) -> str:
+    return "" if rate is None else f", {rate:,.0f} supervised"
 
 
 def _number(value: float | None, form: str) -> str:

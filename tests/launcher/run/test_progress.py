@@ -20,7 +20,7 @@ def record(iteration: int, **values) -> dict:
     return {
         "iteration": iteration, "train_iters": 1000, "consumed_samples": 8 * iteration, "lm_loss": 10.0 / iteration,
         "learning_rate": 6e-5, "grad_norm": 1.5, "loss_scale": 1.0, "global_batch_size": 8, "skipped_iterations": 0,
-        "nan_iterations": 0, "iteration_time_ms": 250.0, "tokens_per_second": 12345.6, "tflops": 0.1234,
+        "nan_iterations": 0, "iteration_time_ms": 250.0, "tokens_per_second": 12345.6, "supervised_tokens_per_second": None, "tflops": 0.1234,
         "memory_gib": 2.25, "eta_s": 3725.0, "time": 1.7e9 + iteration, **values,
     }  # fmt: skip
 
