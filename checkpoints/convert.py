@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from checkpoints.files.stored import DTYPES, NAMES, raw
-from checkpoints.folder import MANIFEST, RELEASE, TRACKER, CheckpointError, flush, flush_one
+from checkpoints.folder import MANIFEST, RELEASE, TRACKER, CheckpointError, flush, flush_one, manifest
 from checkpoints.formats import dialects, hf, mindspore, rank_files, torch_dist
 from checkpoints.formats.base import Source, Target
 from checkpoints.formats.dialects import Dialect
@@ -253,26 +253,44 @@ def copy(
     """Write every tensor of `source` into `target`, and end it; `zeroed` as in `convert`. Returns each one's checksum, as written.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity (unless `allow_nan`), or would not fit its new type.
+        CheckpointError: a tensor holds NaN or infinity (unless `allow_nan`), would not fit its new type, or is not what the
+            conversion that made `source` wrote.
     """
     sums: dict[str, int] = {}
+    told = _told(source)
     with ThreadPoolExecutor(1) as beside:  # zlib lets go of Python's lock: checksums cost no time while there is writing
         for tensor in target.order():
             found = source.read(tensor.name)
             whole = _as(found, target.dtypes[tensor.name], tensor.name, allow_nan)
             if whole.dtype != found.dtype and (count := int(found.count_nonzero() - whole.count_nonzero())):
                 zeroed(tensor.name, count)
-            del found  # else one more tensor is in memory while the next is read
             if tensor.name in sums:
                 raise ValueError(f"{tensor.name} was asked for twice")
             its_sum = beside.submit(checksum, whole)
+            before = its_sum if whole is found or tensor.name not in told else beside.submit(checksum, found)
+            del found  # else one more tensor is in memory while the next is read
             target.put(tensor, whole)
             sums[tensor.name] = its_sum.result()
+            if tensor.name in told and told[tensor.name] != f"{before.result():08x}":
+                what = f"{source.path}: {tensor.name} is not what {MANIFEST} there says that was written"
+                raise CheckpointError(what, f"convert anew what it was made of; if it was changed on purpose, move {MANIFEST} elsewhere")
             progress(whole.nbytes)
     if left := {tensor.name for tensor in source.tensors} - sums.keys():
         raise ValueError(f"not asked for: {sorted(left)}")
     target.finish()
     return sums
+
+
+def _told(source: Source) -> dict[str, str]:
+    """The checksums that the conversion which made `source` wrote beside it, of the tensors that are read as it wrote them:
+    neither quantized since nor of another vocabulary."""
+    tensors = manifest(source.path).get("tensors")
+    found: dict[str, str] = {}
+    for tensor in source.tensors if isinstance(tensors, dict) else ():
+        said, dtype = tensors.get(tensor.name), source.dtype(tensor.name)
+        if isinstance(said, dict) and (said.get("shape"), said.get("dtype")) == (list(tensor.shape), NAMES.get(dtype, str(dtype))):
+            found[tensor.name] = said.get("crc32", "")
+    return found
 
 
 def _as(whole: torch.Tensor, dtype: torch.dtype, name: str, allow_nan: bool) -> torch.Tensor:

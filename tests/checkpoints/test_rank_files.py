@@ -265,6 +265,17 @@ def test_stages_that_are_missing_at_the_end_are_told(tmp_path):
         source(tmp_path / "release")
 
 
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_ranks_that_are_not_what_their_conversion_wrote(two_by_two, dtype):
+    """A rank's file in another's place is a model as any; only the checksums tell."""
+    written = write(two_by_two.parent / "written", source(two_by_two), "yuan", tensor=2) / "release"
+    write(two_by_two.parent / "again", source(written), "torch", dtype=dtype)
+    shutil.copy(written / "mp_rank_00" / "model_optim_rng.pt", written / "mp_rank_01")
+    with pytest.raises(CheckpointError, match="embedding.word_embeddings.weight is not what conversion.json there says"):
+        write(two_by_two.parent / "wrong", source(written), "torch", dtype=dtype)
+    assert not (two_by_two.parent / "wrong").exists()
+
+
 CONTRADICTIONS = {
     "two of four ranks": ({"tensor_model_parallel_size": 4}, 2, r"tensor_model_parallel_size 4, the files hold 2(.|\n)*missing are mp_rank_02, mp_rank_03"),
     "ranks that nothing counts": ({}, 2, "kv_channels 4, the files hold 2"),
