@@ -201,7 +201,8 @@ def beside(folder: Path, source: Path) -> Iterator[Path]:
     """
     part, fix = folder.with_name(folder.name + ".part") if folder.name else folder, "give another target"
     if folder.name in ("", "..") or folder.is_symlink():
-        raise CheckpointError(f"{folder} is {'a link' if folder.name not in ('', '..') else 'no name'}: what is converted gets a folder of its own", fix)
+        kind = "a link" if folder.is_symlink() else "no name"
+        raise CheckpointError(f"{folder} is {kind}: what is converted gets a folder of its own", fix)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is there already", fix + ", or move that away")
     whence, to, by = source.resolve(), folder.resolve(), part.resolve()
@@ -296,10 +297,10 @@ def _told(source: Source) -> dict[str, str]:
 def _as(whole: torch.Tensor, dtype: torch.dtype, name: str, allow_nan: bool) -> torch.Tensor:
     finite = _finite(whole)
     if not finite and not allow_nan:
-        raise CheckpointError(f"{name} holds NaN or infinity; --allow-nan converts it as it is")
+        raise CheckpointError(f"{name} holds NaN or infinity; --allow-nan converts it as it is", "--allow-nan, or an older checkpoint")
     cast = whole.to(dtype)
     if cast.dtype != whole.dtype and finite and not _finite(cast):
-        raise CheckpointError(f"{name} holds numbers up to {whole.abs().max().item():.3g}, which {NAMES[dtype]} cannot")
+        raise CheckpointError(f"{name} holds numbers up to {whole.abs().max().item():.3g}, which {NAMES[dtype]} cannot", "--dtype bf16 or fp32")
     if name.endswith(SCALE) and not cast.all():
         raise CheckpointError(f"{name} holds numbers below {whole.min().item():.3g}, which are 0 in {NAMES[dtype]}")
     return cast
@@ -330,7 +331,7 @@ def compare(source: Source, sums: Mapping[str, int], progress: Callable[[int], N
     with ThreadPoolExecutor(2) as readers:  # so two tensors are in memory
         wrong = [name for name, its_sum in readers.map(found, backwards) if its_sum != sums[name]]
     if wrong:
-        raise CheckpointError(f"{source.path}: {', '.join(wrong[:8])} read back otherwise than written")
+        raise CheckpointError(f"{source.path}: {', '.join(wrong[:8])} read back otherwise than written", "see to the disk and the memory there, and start again")
 
 
 def write_manifest(folder: Path, source: Source, target: Target, wanted: Wanted, sums: Mapping[str, int]) -> None:
