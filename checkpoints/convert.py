@@ -34,7 +34,6 @@ READ, WRITTEN = ("hf", "torch_dist", "mindspore", "torch"), ("hf", "torch_dist",
 QUANTIZED = ("torch_dist", "mindspore")
 BARE = ("hf", "mindspore")  # formats whose folder is the checkpoint itself, no folder of several
 _MARK = ".conversion"  # in a folder that a conversion is writing, and that the next one may remove
-VOCABULARY_MULTIPLE = 128  # rows of the tables in formats that are padded: Megatron-LM's default, which every usual TP divides
 Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call
 
 
@@ -154,7 +153,7 @@ def rows(model: Model, wanted: Wanted) -> int:
     """Rows of the vocabulary's tables as they are written, padding included."""
     if wanted.to in dialects.FORMATS:
         return _dialect(wanted).rows(model.vocab_size, wanted.tensor)
-    return padded(model.vocab_size, VOCABULARY_MULTIPLE) if wanted.to == "torch_dist" else model.vocab_size
+    return padded(model.vocab_size, dialects.VOCABULARY_MULTIPLE) if wanted.to == "torch_dist" else model.vocab_size
 
 
 def _dialect(wanted: Wanted) -> Dialect:

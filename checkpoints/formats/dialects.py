@@ -23,7 +23,7 @@ from checkpoints.models.model import Model
 from checkpoints.models.tensor import padded
 
 FORMATS = ("torch", "yuan", "pai")
-_MULTIPLE = 128  # Megatron-LM's make_vocab_size_divisible_by
+VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of make_vocab_size_divisible_by
 _NORMS = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
@@ -73,9 +73,9 @@ def core(transformer_impl: str = "local") -> Dialect:
             return table
         return [Foreign(one.tensor, (_fused(one.tensor.name),), one.layout) for one in table]
 
-    settings = {"transformer_impl": transformer_impl, "make_vocab_size_divisible_by": _MULTIPLE}
+    settings = {"transformer_impl": transformer_impl, "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE}
     return Dialect(
-        "torch", "model_optim_rng.pt", foreign, "output_layer.weight", lambda ids, ranks: padded(ids, _MULTIPLE * ranks), settings, _extra_states
+        "torch", "model_optim_rng.pt", foreign, "output_layer.weight", lambda ids, ranks: padded(ids, VOCABULARY_MULTIPLE * ranks), settings, _extra_states
     )
 
 
@@ -108,9 +108,9 @@ def yuan() -> Dialect:
 
     settings = {
         "use_lf_gate": True, "lf_conv2d_group": 1, "lf_conv2d_num_pad": 1, "use_rotary_position_embeddings": True,
-        "make_vocab_size_divisible_by": _MULTIPLE, "tokenizer_type": "YuanTokenizer",
+        "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE, "tokenizer_type": "YuanTokenizer",
     }  # fmt: skip
-    return Dialect("yuan", "model_optim_rng.pt", foreign, legacy.TIED, lambda ids, ranks: padded(ids, _MULTIPLE), settings)
+    return Dialect("yuan", "model_optim_rng.pt", foreign, legacy.TIED, lambda ids, ranks: padded(ids, VOCABULARY_MULTIPLE), settings)
 
 
 def pai(release: str = "v0.6") -> Dialect:
