@@ -86,7 +86,8 @@ def mindspore_ranks(path: Path) -> list[Path]:
     """
     holding = {one.parent.name for one in path.glob("rank_*/*.ckpt")}
     if others := sorted(name for name in holding if not _MINDSPORE_RANK.fullmatch(name)):
-        raise CheckpointError(f"{path} holds a .ckpt in {', '.join(others[:4])}, no rank's folder (rank_0, rank_1, …): move it elsewhere, or rename it")
+        what = f"{path} holds a .ckpt in {', '.join(others[:4])}, no rank's folder (rank_0, rank_1, …)"
+        raise CheckpointError(what, "move it elsewhere, or rename it")
     count = 1 + max(int(match[1]) for one in path.iterdir() if (match := _MINDSPORE_RANK.fullmatch(one.name)))
     if missing := [name for rank in range(count) if (name := f"rank_{rank}") not in holding]:
         raise CheckpointError(f"{path} has no .ckpt for {', '.join(missing[:4])} of its {count} ranks")

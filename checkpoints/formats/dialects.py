@@ -75,7 +75,8 @@ def core(transformer_impl: str = "local") -> Dialect:
 
     settings = {"transformer_impl": transformer_impl, "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE}
     return Dialect(
-        "torch", "model_optim_rng.pt", foreign, "output_layer.weight", lambda ids, ranks: padded(ids, VOCABULARY_MULTIPLE * ranks), settings, _extra_states
+        "torch", "model_optim_rng.pt", foreign, "output_layer.weight", lambda ids, ranks: padded(ids, VOCABULARY_MULTIPLE * ranks),
+        settings, _extra_states,
     )
 
 

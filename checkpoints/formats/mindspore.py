@@ -56,7 +56,8 @@ class _Copied:
         for number, copy in enumerate(self.copies):
             if not same(self.shares.shares[number % width], copy):
                 rank, other = self.first + width + number, self.first + number % width
-                raise CheckpointError(f"{self.shares.tensor.name}: rank_{rank} should hold a data-parallel copy of rank_{other}'s, and holds something else")
+                what = f"rank_{rank} should hold a data-parallel copy of rank_{other}'s, and holds something else"
+                raise CheckpointError(f"{self.shares.tensor.name}: {what}")
         return self.shares.read()
 
 

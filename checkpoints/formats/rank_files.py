@@ -107,7 +107,8 @@ class _Found:
         self._one([rank for stage in grid for rank in stage], "iteration", 0)
         counts = {len(_models(rank)) for stage in grid for rank in stage}
         if len(counts) > 1:
-            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {' and '.join(map(str, sorted(counts)))} parts of the model")
+            several = " and ".join(map(str, sorted(counts)))
+            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {several} parts of the model")
         for part in range(counts.pop()):
             for p, stage in enumerate(grid):
                 self._add(p, [dict(_flat(_models(rank)[part])) for rank in stage])

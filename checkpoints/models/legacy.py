@@ -128,7 +128,9 @@ def _agree(args: Mapping[str, Any], shown: Mapping[str, Any], ranks: int, stages
         return
     wanted = said.get("tensor_model_parallel_size") or ranks
     missing = [f"mp_rank_{rank:02d}" + ("_*" if stages > 1 else "") for rank in range(ranks, wanted)]
-    mend = f"missing are {', '.join(missing)}" if missing else "if the settings are those of another layout or model: --hf-config FOLDER, with the model's config.json"
+    mend = "if the settings are those of another layout or model: --hf-config FOLDER, with the model's config.json"
+    if missing:
+        mend = f"missing are {', '.join(missing)}"
     raise CheckpointError(f"{where} contradicts the tensors: it says {'; '.join(others)}\n    {mend}")
 
 
