@@ -198,12 +198,12 @@ def _is_old(path: Path) -> bool:
 
 
 def _read_old(path: Path) -> Any:
+    if asked := [name for name in _globals(path) if not _TENSORS.fullmatch(name)]:  # torch would advise to run what it asks for
+        what = f"{path} is of torch before 1.6 and asks for {', '.join(asked[:4])}, which is not read from such a file: nothing of it was run"
+        raise CheckpointError(what, "where you trust it, load it with the program that wrote it, and save it with a torch of today")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # its advice is to run what the file asks for
-        if asked := [name for name in _globals(path) if not _TENSORS.fullmatch(name)]:
-            what = f"{path} is of torch before 1.6 and asks for {', '.join(asked[:4])}, which is not read from such a file: nothing of it was run"
-            raise CheckpointError(what, "where you trust it, load it with the program that wrote it, and save it with a torch of today") from error
+    except Exception as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}", _AGAIN) from error
     _expect_tree(found, path, set(), set())
     return found

@@ -179,5 +179,5 @@ def test_in_a_real_shell(shell, tmp_path):
 
 def test_did_you_mean_for_verbs_recipes_and_keys(tmp_path):
     assert "Did you mean 'generate', " in yuan("genrate", cwd=tmp_path).stderr
-    assert "did you mean quickstart?" in yuan("check", "recipe=quikstart", cwd=tmp_path).stderr
+    assert "did you mean quickstart or quickstart_sft?" in yuan("check", "recipe=quikstart", cwd=tmp_path).stderr
     assert "did you mean optimizer.min_lr or " in yuan("check", "recipe=quickstart", "optimizer.mni_lr=1", cwd=tmp_path).stdout
