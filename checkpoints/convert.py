@@ -26,12 +26,11 @@ from checkpoints.models.gpt import SCALE
 from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor, padded
-from checkpoints.recognise import Found, recognise
+from checkpoints.recognise import QUANTIZED, Found, recognise
 from data_tools.errors import DataError
 from data_tools.lock import Lock
 
 READ, WRITTEN = ("hf", "torch_dist", "mindspore", "torch"), ("hf", "torch_dist", "mindspore", *dialects.FORMATS)
-QUANTIZED = ("torch_dist", "mindspore")
 BARE = ("hf", "mindspore")  # formats whose folder is the checkpoint itself, no folder of several
 _MARK = ".conversion"  # in a folder that a conversion is writing, and that the next one may remove
 Progress = Callable[[str, int], None]  # called with what is done ("writing", "checking") and the bytes since the last call

@@ -11,6 +11,7 @@ from checkpoints.folder import CheckpointError, newest_checkpoint
 
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _MINDSPORE_RANK = re.compile(r"rank_(0|[1-9]\d*)")
+QUANTIZED = ("torch_dist", "mindspore")  # formats that have int8 weights
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")  # Megatron-LM's and Yuan's; Pai's of 2023 with the distributed optimizer
 
 

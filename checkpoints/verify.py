@@ -13,8 +13,9 @@ from checkpoints.files.stored import NAMES
 from checkpoints.formats.base import Source
 from checkpoints.formats.rank_files import raw_equal
 from checkpoints.models.gpt import SCALE
+from checkpoints.models.model import FREE
 
-FREE = ("init_method_std", "attention_dropout", "hidden_dropout", "quantize")  # of no meaning for what a model answers, or told by tensors
+_TOLD = (*FREE, "quantize")  # of no meaning here, or told by the tensors
 _BLOCK = 4 << 20  # numbers that are compared at a time
 
 
@@ -38,7 +39,7 @@ class Compared:
 def models(first: Source, second: Source) -> dict[str, tuple[object, object]]:
     """What the two say differently of the model that they are, by name."""
     ours, theirs = vars(first.model), vars(second.model)
-    return {key: (ours[key], theirs[key]) for key in ours if key not in FREE and ours[key] != theirs[key]}
+    return {key: (ours[key], theirs[key]) for key in ours if key not in _TOLD and ours[key] != theirs[key]}
 
 
 def compare(first: Source, second: Source, progress: Callable[[int], None] = lambda count: None) -> Iterator[Compared]:

@@ -19,7 +19,7 @@ from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Readable, Source, Target
 from checkpoints.models import gpt2, llama, yuan2
 from checkpoints.models.layout import Foreign
-from checkpoints.models.model import Model
+from checkpoints.models.model import FREE, Model
 from checkpoints.models.tensor import Tensor
 
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "yuan": yuan2}  # by config.json's model_type
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json", "configuration_*.py", "*_hf_model.py", "modeling_*.py")
-_FREE = ("init_method_std", "attention_dropout", "hidden_dropout")  # of no meaning for what a model answers
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ def config_for(model: Model, base: Mapping[str, Any] | None, where: str) -> dict
     if base is None:
         return _OF_FAMILY[model.family].to_config(model)
     theirs, mine = vars(model_of(base, where)), vars(model)
-    if others := [f"{key} {theirs[key]} there, {mine[key]} here" for key in mine if key not in _FREE and theirs[key] != mine[key]]:
+    if others := [f"{key} {theirs[key]} there, {mine[key]} here" for key in mine if key not in FREE and theirs[key] != mine[key]]:
         raise CheckpointError(f"{where} describes another model: {', '.join(others)}")
     return dict(base)
 

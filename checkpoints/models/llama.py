@@ -13,7 +13,7 @@ from checkpoints.models.layout import HALVES, SAME, Foreign, Layout, separate_qk
 from checkpoints.models.model import Model
 
 PREFIX = "model."
-_AROUND = {
+AROUND = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
@@ -43,7 +43,7 @@ def foreign(model: Model) -> list[Foreign]:
         add_qkv_bias=model.add_bias_linear and model.add_qkv_bias,
     )  # fmt: skip
     layouts = {"self_attention.linear_qkv": separate_qkv(model), "mlp.linear_fc1": HALVES}
-    return [named(tensor, _AROUND, _WITHIN, layouts) for tensor in gpt.tensors(model)]
+    return [named(tensor, AROUND, _WITHIN, layouts) for tensor in gpt.tensors(model)]
 
 
 def named(tensor: gpt.Tensor, around: Mapping[str, str], within: Mapping[str, tuple[str, ...]], layouts: Mapping[str, Layout]) -> Foreign:

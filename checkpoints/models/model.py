@@ -10,6 +10,7 @@ from typing import Any
 from checkpoints.folder import CheckpointError
 
 FAMILIES = ("gpt2", "llama", "yuan2")
+FREE = ("init_method_std", "attention_dropout", "hidden_dropout")  # keys of no meaning for what a model answers
 
 
 _KINDS = {"int": "a whole number above 0", "float": "a number", "bool": "true or false", "str": "a word"}

@@ -15,15 +15,10 @@ from typing import Any
 from checkpoints.models import gpt
 from checkpoints.models.config import expect, need, shared, whole
 from checkpoints.models.layout import HALVES, Foreign, Layout
-from checkpoints.models.llama import named
+from checkpoints.models.llama import AROUND, named
 from checkpoints.models.model import Model
 
 PREFIX = "model."
-_AROUND = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
 _WITHIN: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("input_layernorm",),
     "self_attention.linear_qk": ("self_attn.q_proj", "self_attn.k_proj"),
@@ -55,7 +50,7 @@ def foreign(model: Model) -> list[Foreign]:
     found = []
     for tensor in gpt.tensors(model):
         conv = len(tensor.shape) == 3
-        found.append(named(tensor, _AROUND, _WITHIN, {tensor.within.rsplit(".", 1)[0]: CONV2D} if conv else layouts))
+        found.append(named(tensor, AROUND, _WITHIN, {tensor.within.rsplit(".", 1)[0]: CONV2D} if conv else layouts))
     return found
 
 

@@ -29,8 +29,8 @@ def prepare_rows(loaded: Loaded) -> None:
 
     recipe, asked = loaded.recipe, loaded.recipe.preprocess
     tokenizer = tokenizer_of(recipe.tokenizer)
-    for path in finetuning.missing(recipe):
-        started, prefix = time.monotonic(), finetuning.prefix(recipe, path)
+    for path, prefix in finetuning.missing(recipe).items():
+        started = time.monotonic()
         try:
             with Meter(path.stat().st_size) as meter:
                 count = prepare(path, prefix, tokenizer, finetuning.form(recipe), asked.workers or 1, asked.max_bad, meter.show)

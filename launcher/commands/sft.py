@@ -44,7 +44,7 @@ def _settle(loaded: Loaded) -> None:
     if recipe.launch.node_rank == 0:
         prepare_rows(loaded)
     elif missing := finetuning.missing(recipe):
-        _wait(recipe, missing[0])
+        _wait(recipe, next(iter(missing)))
     samples = finetuning.settle_rows(recipe, loaded.sources)
     for name, one in samples.items():
         if not len(one):

@@ -41,10 +41,9 @@ class SequentialBatches:
 
 def build_datasets(recipe: Recipe) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """The three sets; None where this rank reads no data or a set has no share. Rank 0 builds the sample index first,
-    where `yuan data index` has not. Of fine-tuning's rows there is no test set, and every rank knows how many there are."""
+    where `yuan data index` has not. Of fine-tuning's rows there is no test set."""
     if recipe.data.train is not None:
-        train, valid = build_row_sets(recipe)
-        return (train, valid, None) if reads_data(recipe) else (None, None, None)
+        return (*build_row_sets(recipe), None) if reads_data(recipe) else (None, None, None)
     if torch.distributed.get_rank() == 0:
         build_index(recipe)
     return _builder(recipe, cache_folder(recipe), lambda: reads_data(recipe)).build()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints.folder import CheckpointError
-from checkpoints.recognise import Found, recognise
+from checkpoints.recognise import QUANTIZED, Found, recognise
 from launcher.recipe.check_run import existing
 from launcher.recipe.pipeline import LayoutError, parse_layout
 from launcher.recipe.problem import Case, Problem, nearest_divisors
@@ -17,7 +17,6 @@ from launcher.recipe.size import parameters
 TP, PP = "convert.tensor_model_parallel_size", "convert.pipeline_model_parallel_size"
 LAYOUT = "convert.pipeline_model_parallel_layout"
 RANKS = {"torch_dist": (), "hf": (), "mindspore": (TP,)}  # what of a layout a format has; the others have both
-QUANTIZED = ("torch_dist", "mindspore")  # formats that have int8 weights
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, None: 4}  # unknown: at most fp32
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints.models.model import FREE, Model
 from checkpoints.recognise import Found
 from launcher.errors import UserError, raise_all
 from launcher.recipe.frozen import read_frozen
@@ -17,10 +18,7 @@ from launcher.recipe.tokenizer import tokenizer_of, with_copies
 
 if TYPE_CHECKING:  # it imports torch
     from checkpoints.formats.base import Source
-    from checkpoints.models.model import Model
 
-# Of no meaning for what a model answers: the recipe may say otherwise than the weights' own files.
-_FREE = ("init_method_std", "attention_dropout", "hidden_dropout")
 # What a Hugging Face folder's files make, the first that is there; Yuan's ids are SentencePiece's alone.
 _TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("HuggingFaceTokenizer", {"tokenizer_model": "tokenizer.json"}),
@@ -104,7 +102,7 @@ def agree(loaded: Loaded, model: Model) -> None:
     faults = []
     for key, source in loaded.sources.items():
         group, leaf = key.split(".")
-        if group != "model" or leaf in _FREE or not hasattr(model, leaf) or source in ("default", "derived"):
+        if group != "model" or leaf in FREE or not hasattr(model, leaf) or source in ("default", "derived"):
             continue
         mine, theirs = getattr(loaded.recipe.model, leaf), getattr(model, leaf)
         if mine is not None and mine != theirs:
@@ -152,7 +150,7 @@ def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: T
     """
     recipe = base or (loaded.recipe if describes_model(loaded) else Recipe())
     for field in fields(source.model):
-        free = field.name in _FREE and recipe.model.num_layers is not None
+        free = field.name in FREE and recipe.model.num_layers is not None
         if hasattr(recipe.model, field.name) and not free:
             setattr(recipe.model, field.name, getattr(source.model, field.name))
     asked = loaded.recipe.convert

@@ -28,19 +28,20 @@ def form(recipe: Recipe) -> Form:
     return Form(recipe.tokenizer.chat_template or "", recipe.data.mask_history, recipe.preprocess.format)
 
 
-def prefix(recipe: Recipe, path: Path) -> Path:
-    """Where the prepared rows of a file are kept."""
+def prefixes(recipe: Recipe) -> dict[Path, Path]:
+    """Each file of data.train and data.valid, and where its prepared rows are kept."""
     from data_tools.sft import prepared_prefix
 
-    return prepared_prefix(path, tokenizer_of(recipe.tokenizer), form(recipe), recipe.data.data_cache_path)
+    tokenizer, data = tokenizer_of(recipe.tokenizer), recipe.data
+    asked = dict.fromkeys([*files(data.train), *files(data.valid)])
+    return {path: prepared_prefix(path, tokenizer, form(recipe), data.data_cache_path) for path in asked}
 
 
-def missing(recipe: Recipe) -> list[Path]:
-    """The files whose rows are not prepared yet, each once."""
+def missing(recipe: Recipe) -> dict[Path, Path]:
+    """Those of `prefixes` whose rows are not prepared yet."""
     from data_tools.sft import is_prepared
 
-    asked = dict.fromkeys([*files(recipe.data.train), *files(recipe.data.valid)])
-    return [path for path in asked if not is_prepared(prefix(recipe, path))]
+    return {path: prefix for path, prefix in prefixes(recipe).items() if not is_prepared(prefix)}
 
 
 def packed(recipe: Recipe, prefixes: Sequence[str] | None) -> Packed | None:
@@ -60,9 +61,9 @@ def settle_rows(recipe: Recipe, sources: dict[str, str]) -> dict[str, Packed]:
 
     The processes then read what was prepared, whatever becomes of the files; a resume with other rows is noticed.
     """
-    derived, data = recipe.derived, recipe.data
-    derived.train_rows = [str(prefix(recipe, path)) for path in files(data.train)]
-    derived.valid_rows = [str(prefix(recipe, path)) for path in files(data.valid)] or None
+    derived, data, kept = recipe.derived, recipe.data, prefixes(recipe)
+    derived.train_rows = [str(kept[path]) for path in files(data.train)]
+    derived.valid_rows = [str(kept[path]) for path in files(data.valid)] or None
     found = {name: packed(recipe, rows) for name, rows in (("train", derived.train_rows), ("valid", derived.valid_rows))}
     samples = {name: one for name, one in found.items() if one is not None}
     derived.rows_sha256 = samples["train"].rows.sha256

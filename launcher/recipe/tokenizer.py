@@ -24,16 +24,15 @@ def tokenizer_of(settings: schema.Tokenizer) -> Tokenizer:
     return build_tokenizer(**{key: value for key, value in vars(settings).items() if key != "chat_template"})
 
 
-def template_of(recipe: schema.Recipe) -> Template | None:
-    """The recipe's chat template; None where it has none.
+def template_of(settings: schema.Tokenizer, tokenizer: Tokenizer) -> Template | None:
+    """The chat template of a recipe's group `tokenizer`, written by the tokenizer that was built of it; None where it has none.
 
     Raises:
         data_tools.errors.TokenizerError: the tokenizer cannot write it.
     """
     from data_tools.templates import build_template
 
-    name = recipe.tokenizer.chat_template
-    return build_template(name, tokenizer_of(recipe.tokenizer)) if name else None
+    return build_template(settings.chat_template, tokenizer) if settings.chat_template else None
 
 
 def with_copies(settings: schema.Tokenizer, folder: Path) -> schema.Tokenizer:

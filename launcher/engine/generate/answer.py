@@ -35,7 +35,7 @@ def to_prompts(recipe: Recipe, tokenizer: Tokenizer, lines: list[Line]) -> list[
 
     An empty prompt is the end-of-document token, after which a document begins in the training data.
     """
-    prompts, template = [], template_of(recipe)
+    prompts, template = [], template_of(recipe.tokenizer, tokenizer)
     positions = recipe.model.max_position_embeddings
     for line in lines:
         if line.prompt is None:
@@ -63,7 +63,7 @@ def answer_all(
 
     Every rank calls it with the same prompts.
     """
-    sampler, template = Sampler(recipe.generate, tokenizer.vocab_size), template_of(recipe)
+    sampler, template = Sampler(recipe.generate, tokenizer.vocab_size), template_of(recipe.tokenizer, tokenizer)
     ends = {tokenizer.eod, *([template.end] if template else [])}
     answers: list[Answer] = []
     for batch in _share(prompts, recipe.generate.batch_size):
