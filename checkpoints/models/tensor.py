@@ -21,6 +21,8 @@ class Tensor:
         parts: 2 where the rows are two matrices, [gate; up], and each is shared out by itself: a rank holds
             [its gate; its up], and ranks cannot be put together by appending them.
         vocabulary: its rows are ids, padded in training so that ranks share them out evenly.
+        state: of one of the optimizer's, which has the shape of a weight and is shared out as it: what its name begins with
+            before the weight's, such as `optimizer.state.exp_avg.`.
     """
 
     name: str
@@ -28,17 +30,23 @@ class Tensor:
     axis: int | None = None
     parts: int = 1
     vocabulary: bool = False
+    state: str = ""
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight that it is, or that it is the optimizer's state of."""
+        return self.name.removeprefix(self.state)
 
     @property
     def layer(self) -> int | None:
         """The layer that it is of; None around the layers."""
-        words = self.name.split(".")
+        words = self.weight.split(".")
         return int(words[2]) if words[:2] == ["decoder", "layers"] else None
 
     @property
     def within(self) -> str:
-        """Its name within the layer, `mlp.linear_fc1.weight`; around the layers its name."""
-        return self.name if self.layer is None else self.name.split(".", 3)[3]
+        """The weight's name within the layer, `mlp.linear_fc1.weight`; around the layers its name."""
+        return self.weight if self.layer is None else self.weight.split(".", 3)[3]
 
     def split(self, whole: torch.Tensor, ranks: int) -> list[torch.Tensor]:
         """What each of `ranks` tensor-parallel ranks holds: views where that can be, else copies.
