@@ -20,11 +20,13 @@ class LanguageModel(GPTModel):
     """A GPTModel that gives, where there are labels, the sum of the masked losses; without labels its logits.
 
     `model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)`, all but the attention mask [b, s],
-    is a number in fp32 on the last pipeline stage.
+    is a number in fp32 on the last pipeline stage. With `loss_ids` the rows beyond so many ids, which pad the vocabulary,
+    have no share in it; without, they have, as in Megatron-LM.
     """
 
-    def __init__(self, *arguments, **more):
+    def __init__(self, *arguments, loss_ids: int | None = None, **more):
         super().__init__(*arguments, **more)
+        self.loss_ids = loss_ids
         if self.pre_process and self.config.gradient_accumulation_fusion:
             table = self.embedding.word_embeddings
             table.__class__ = AccumulatingEmbedding  # megatron-core's class, made deep inside; the same tensors
@@ -49,12 +51,12 @@ class LanguageModel(GPTModel):
             add_to_main_grad=self.config.gradient_accumulation_fusion,
             tied_here=self.pre_process and self.share_embeddings_and_output_weights,
             expected_scale=self._expected_scale(loss_mask),
+            ids=self.loss_ids,
         )
 
-    @staticmethod
-    def _fits(labels: torch.Tensor) -> bool:
+    def _fits(self, labels: torch.Tensor) -> bool:
         """A GPU keeps the logits of one chunk whole: in chunks the table's gradient takes more than they do."""
-        return labels.is_cuda and labels.numel() <= LOGIT_ROWS["cuda"]
+        return labels.is_cuda and labels.numel() <= LOGIT_ROWS["cuda"] and self.loss_ids is None
 
     def _expected_scale(self, loss_mask: torch.Tensor) -> float:
         """fp16: what the schedule will multiply the loss by, but for the number of microbatches."""

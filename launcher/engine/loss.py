@@ -25,6 +25,7 @@ def linear_cross_entropy(
     add_to_main_grad: bool = False,
     tied_here: bool = False,
     expected_scale: float = 1.0,
+    ids: int | None = None,
 ) -> torch.Tensor:
     """Sum over the tokens of mask x cross-entropy of `hidden @ weight.T`, in fp32.
 
@@ -38,15 +39,16 @@ def linear_cross_entropy(
         tied_here: with it, return none besides: the embedding, whose turn is last, tells the hooks that there is one.
         expected_scale: about what the backward pass will be called with. It changes no result, but in fp16 it keeps small
             gradients from vanishing, and lets an overflow be seen, as the loss scale does without this function.
+        ids: how many rows of the whole vocabulary there are ids for; the others pad it, and with this have no share in the softmax.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    more = group, add_to_main_grad, tied_here, expected_scale, wants_grad
+    more = group, add_to_main_grad, tied_here, expected_scale, ids, wants_grad
     return _LinearCrossEntropy.apply(hidden, weight, labels, mask.float(), *more)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask, group, add_to_main_grad, tied_here, expected_scale, wants_grad):
+    def forward(ctx, hidden, weight, labels, mask, group, add_to_main_grad, tied_here, expected_scale, ids, wants_grad):
         losses = torch.empty_like(mask)
         if wants_grad:
             hidden_grad = torch.empty_like(hidden)
@@ -54,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, tokens = LOGIT_ROWS[hidden.device.type], len(hidden)
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
-            losses[part], gradient = _chunk(hidden[part], weight, labels[part], group)
+            losses[part], gradient = _chunk(hidden[part], weight, labels[part], group, ids)
             if wants_grad:
                 factor = mask[part, None] * expected_scale
                 _add_gradients(hidden[part], weight, gradient, factor, hidden_grad[part], weight_grad, first=start == 0)
@@ -76,14 +78,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_grad = None if ctx.tied_here else torch.empty_like(weight)
         else:
             weight_grad = weight_grad.mul_(factor).to(weight.dtype)
-        return hidden_grad, weight_grad, *[None] * 7
+        return hidden_grad, weight_grad, *[None] * 8
 
 
-def _chunk(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, group) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, ids: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [rows] and their gradients by the logits [rows, vocabulary / ranks], in fp32."""
     logits = (hidden @ weight.t()).float()
     rows, ranks = torch.arange(len(labels), device=labels.device), group.size()
-    labels = labels - group.rank() * len(weight)
+    first = group.rank() * len(weight)
+    if ids is not None:  # no infinity, of which a rank that holds nothing but padding would make NaN
+        logits[:, max(ids - first, 0) :] = torch.finfo(torch.float32).min
+    labels = labels - first
     here = (labels >= 0) & (labels < len(weight))
     labels = labels.clamp(0, len(weight) - 1)
     target = logits[rows, labels] * here

@@ -106,6 +106,8 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
             kind, layer = yuan2.Yuan2Model, yuan2.layer_spec(layer)
             more = {"rotary_by_position": recipe.data.reset_position_ids, "rotary_bf16": model.rotary_bf16}
         spec = block_spec(config, vp_stage, layer)
+    if recipe.data.train is not None:  # the weights come from elsewhere, often without padding: what pads them must not be learnt
+        more["loss_ids"] = recipe.derived.vocab_size
     return kind(
         config,
         spec,

@@ -31,7 +31,7 @@ def _norm(recipe: Recipe) -> str:
 
 def _loss(recipe: Recipe) -> str:
     device = recipe.derived.device
-    if device == "cuda" and tokens(recipe) <= LOGIT_ROWS[device]:
+    if device == "cuda" and tokens(recipe) <= LOGIT_ROWS[device] and recipe.data.train is None:
         return "megatron-core"
     return f"chunks of {LOGIT_ROWS[device]} tokens"
 
