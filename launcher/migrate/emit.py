@@ -24,7 +24,7 @@ DERIVED_ALIKE = {"model.ffn_hidden_size", "model.kv_channels", "training.global_
 SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision", "training.train_tokens",
                   "run.name", "logging.tensorboard",
                   "optimizer.lr_decay_tokens", "optimizer.lr_warmup_tokens", "optimizer.lr_wsd_decay_tokens"}  # fmt: skip
-OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "data.", "tokenizer.", "checkpoint.", "logging.")
+OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "lora.", "data.", "tokenizer.", "checkpoint.", "logging.")
 OF_THE_FORK = {
     "--attention-dropout",
     "--attention-backend",

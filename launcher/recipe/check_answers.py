@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from checkpoints.adapters import find_base, read_note
 from checkpoints.folder import CheckpointError, newest_checkpoint
 from launcher.recipe.problem import Case, Problem
 
@@ -14,13 +15,15 @@ _EXAMPLE = '{"query": "What is a list?"}'
 
 
 def checkpoint(case: Case) -> Iterator[Problem]:
-    """generate.load names a checkpoint."""
+    """generate.load names a checkpoint, and of adapters the weights that they stand beside are there too."""
     if case.recipe.generate.load is None:
         return
     try:
-        newest_checkpoint(Path(case.recipe.generate.load))
+        found = newest_checkpoint(Path(case.recipe.generate.load))
+        if note := read_note(found):
+            find_base(found, note)
     except CheckpointError as error:
-        yield Problem(str(error), case.at("generate.load"), "generate.load=RUN_OR_CHECKPOINT")
+        yield Problem(str(error), case.at("generate.load"), error.fix or "generate.load=RUN_OR_CHECKPOINT")
 
 
 def files(case: Case) -> Iterator[Problem]:

@@ -26,20 +26,20 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         training.eval_interval training.exit_interval
         optimizer.lr_decay_iters optimizer.lr_decay_samples optimizer.lr_decay_tokens
         preprocess.workers tokenizer.vocab_size checkpoint.save_interval checkpoint.keep_last logging.log_interval
-        launch.nproc_per_node launch.nnodes launch.cpu_threads training.epochs serve.port
+        launch.nproc_per_node launch.nnodes launch.cpu_threads training.epochs serve.port lora.rank
         convert.tensor_model_parallel_size convert.pipeline_model_parallel_size""",
     0: """model.init_method_std model.attention_dropout model.hidden_dropout training.seed training.eval_iters
         optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
         optimizer.lr_warmup_fraction optimizer.lr_warmup_init optimizer.lr_wsd_decay_iters
         optimizer.lr_wsd_decay_samples optimizer.lr_wsd_decay_tokens optimizer.weight_decay optimizer.clip_grad
         optimizer.adam_beta1 optimizer.adam_beta2 data.num_workers launch.node_rank
-        launch.max_restarts""",
+        launch.max_restarts lora.dropout""",
 }
 ABOVE_ZERO = """model.norm_epsilon model.rotary_percent model.rope_scaling_factor optimizer.lr optimizer.adam_eps training.loss_scale
     training.initial_loss_scale training.min_loss_scale training.exit_duration_in_mins
-    launch.gpu_memory_gib launch.gpu_peak_tflops launch.mfu"""
+    launch.gpu_memory_gib launch.gpu_peak_tflops launch.mfu lora.alpha"""
 BELOW_ONE = """model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2
-    optimizer.lr_warmup_fraction"""
+    optimizer.lr_warmup_fraction lora.dropout"""
 OF_TOKENS = ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples")
 
 

@@ -15,7 +15,7 @@ from launcher.recipe.check_layout import gpus
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.sample_index import is_whole, note_path, words
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import parameters
+from launcher.recipe.size import trained_parameters
 from launcher.run.folder import RunFolder, UnreadableRecipe, length, lock_path, raise_if_in_use, recipe_name, refused_changes, too_short
 
 
@@ -110,7 +110,7 @@ def complete(recipe: Recipe, step: int) -> str:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint: weights, Adam's two moments in fp32, and fp32 copies of 16-bit weights, which the distributed
+    """Size of one checkpoint: what is trained, Adam's two moments in fp32, and fp32 copies of 16-bit weights, which the distributed
     optimizer keeps of fp32 weights too. The parts that are no tensors of the model (0.4 MB, tokenizer) are left out.
 
     Measured with 23.6 M parameters, in either format: 12.0 bytes each in fp32, 14.0 in bf16, and with the distributed
@@ -118,7 +118,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     """
     weights = 4 if recipe.training.precision == "fp32" else 2
     copies = 4 if weights == 2 or recipe.parallel.use_distributed_optimizer else 0
-    return parameters(recipe) * (weights + copies + 8)
+    return trained_parameters(recipe) * (weights + copies + 8)
 
 
 def disk(case: Case) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from typing import Any
 from launcher.recipe.device import resolve_device
 from launcher.recipe.ramp import ramp
 from launcher.recipe.schema import Recipe, Tokenizer
+from launcher.recipe.size import matrix_names
 from launcher.recipe.tokenizer import tokenizer_of
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's, where data_path comes without a split
@@ -35,6 +36,8 @@ def resolve(recipe: Recipe, sources: dict[str, str], name: str) -> None:
         fill("data.split", DEFAULT_SPLIT)
     if recipe.data.train is not None:
         _fine_tuning(recipe, sources)
+    if (recipe.lora.rank or 0) > 0:
+        _lora(recipe, fill, sources)
     fill("preprocess.workers", cores())
     _model(recipe, fill)
     _processes(recipe, fill)
@@ -46,15 +49,23 @@ def resolve(recipe: Recipe, sources: dict[str, str], name: str) -> None:
 def _fine_tuning(recipe: Recipe, sources: dict[str, str]) -> None:
     """What is false unless given, and true where rows are packed, and where the weights come from another run."""
     rounded = recipe.model.family == "yuan2" and recipe.model.rotary_bf16  # whose angles are not those of a place further on
-    for key, wanted in (
-        ("data.reset_attention_mask", recipe.data.packing),
-        ("data.reset_position_ids", recipe.data.packing and rounded),
-        ("checkpoint.finetune", recipe.checkpoint.load is not None),
-    ):
-        if wanted and sources.get(key, "default") == "default":
-            group, leaf = key.split(".")
-            setattr(getattr(recipe, group), leaf, True)
-            sources[key] = "derived"
+    _turn_on(recipe, sources, "data.reset_attention_mask", recipe.data.packing)
+    _turn_on(recipe, sources, "data.reset_position_ids", recipe.data.packing and rounded)
+    _turn_on(recipe, sources, "checkpoint.finetune", recipe.checkpoint.load is not None)
+
+
+def _lora(recipe: Recipe, fill, sources: dict[str, str]) -> None:
+    """Adapters are of the weights alone, not of the training that these come from."""
+    fill("lora.alpha", 2.0 * recipe.lora.rank)
+    fill("lora.target_modules", list(matrix_names(recipe.model.family)))
+    _turn_on(recipe, sources, "checkpoint.finetune", recipe.checkpoint.load is not None)
+
+
+def _turn_on(recipe: Recipe, sources: dict[str, str], key: str, wanted: bool) -> None:
+    if wanted and sources.get(key, "default") == "default":
+        group, leaf = key.split(".")
+        setattr(getattr(recipe, group), leaf, True)
+        sources[key] = "derived"
 
 
 def cores() -> int:

@@ -202,6 +202,20 @@ class Optimizer:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), trained instead of the weights. All of it is ours."""
+
+    rank: Optional[int] = None
+    """r: beside each adapted matrix W, which stays as it is, alpha / r x B A is trained, A [r, in] and B [out, r]. Not given: all weights are trained."""
+    alpha: Optional[float] = None
+    """Weighs what the adapters add. Derived: 2 x rank."""
+    dropout: float = 0.0
+    """Dropout on what goes into A."""
+    target_modules: Optional[List[str]] = None
+    """The adapted matrices of each layer, by megatron-core's names: linear_qkv (yuan2: linear_qk, linear_v), linear_proj, linear_fc1, linear_fc2. Derived: all."""
+
+
+@dataclass
 class Data:
     data_path: Any = None
     """Prefix of a .bin/.idx pair, or a blend: [0.7, a_text_document, 0.3, b_text_document]."""
@@ -481,6 +495,7 @@ class Recipe:
     parallel: Parallel = field(default_factory=Parallel)
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     preprocess: Preprocess = field(default_factory=Preprocess)

@@ -28,8 +28,48 @@ def widths(recipe: Recipe) -> Widths:
     return Widths(m.hidden_size, query, key, m.ffn_hidden_size * (2 if m.swiglu else 1), m.ffn_hidden_size)
 
 
+class Matrix(NamedTuple):
+    """One matrix of a layer, over all tensor-parallel ranks, which share out its inputs (`by_inputs`) or else its outputs."""
+
+    inputs: int
+    outputs: int
+    by_inputs: bool
+
+
+def matrix_names(family: str) -> tuple[str, ...]:
+    """megatron-core's names of a layer's matrices; with Yuan's filter queries and keys have another input than values."""
+    return (*(("linear_qk", "linear_v") if family == "yuan2" else ("linear_qkv",)), "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def matrices(recipe: Recipe) -> dict[str, Matrix]:
+    """The matrices of a layer, by `matrix_names`."""
+    w = widths(recipe)
+    columns = (w.query + w.key, w.key) if recipe.model.family == "yuan2" else (w.query + 2 * w.key,)
+    found = [*(Matrix(w.hidden, width, False) for width in columns), Matrix(w.query, w.hidden, True)]
+    found += [Matrix(w.hidden, w.up, False), Matrix(w.ffn, w.hidden, True)]
+    return dict(zip(matrix_names(recipe.model.family), found, strict=True))
+
+
+def adapted(recipe: Recipe) -> list[Matrix]:
+    """The matrices of a layer that have adapters; none where all weights are trained."""
+    r = recipe.lora
+    return [one for name, one in matrices(recipe).items() if name in (r.target_modules or ())] if r.rank else []
+
+
+def adapter_parameters(recipe: Recipe) -> tuple[int, int]:
+    """Numbers of one layer's adapters: those that the tensor-parallel ranks share out, and those that each holds whole."""
+    shared = sum(one.inputs if one.by_inputs else one.outputs for one in adapted(recipe))
+    whole = sum(one.outputs if one.by_inputs else one.inputs for one in adapted(recipe))
+    return (recipe.lora.rank or 0) * shared, (recipe.lora.rank or 0) * whole
+
+
+def trained_parameters(recipe: Recipe) -> int:
+    """Numbers that are trained: all of the model's, or those of its adapters alone."""
+    return recipe.model.num_layers * sum(adapter_parameters(recipe)) if recipe.lora.rank else parameters(recipe)
+
+
 def parameters(recipe: Recipe) -> int:
-    """Trainable numbers of the whole model, the padded vocabulary's included."""
+    """Numbers of the whole model, the padded vocabulary's included, adapters not."""
     m = recipe.model
     tables = 2 if m.untie_embeddings_and_output_weights else 1
     around = tables * vocabulary_table(recipe) + position_table(recipe) + norm(recipe)
@@ -37,10 +77,10 @@ def parameters(recipe: Recipe) -> int:
 
 
 def layer_parameters(recipe: Recipe) -> tuple[int, int]:
-    """Trainable numbers of one layer: those that the tensor-parallel ranks share out, and those that each holds whole."""
+    """Numbers of one layer: those that the tensor-parallel ranks share out, and those that each holds whole."""
     m, w = recipe.model, widths(recipe)
     qkv = w.query + 2 * w.key
-    shared = w.hidden * (qkv + w.query + w.up + w.ffn)
+    shared = sum(one.inputs * one.outputs for one in matrices(recipe).values())
     whole = 2 * norm(recipe)
     if m.add_bias_linear:
         shared, whole = shared + qkv + w.up, whole + 2 * w.hidden
@@ -52,7 +92,7 @@ def layer_parameters(recipe: Recipe) -> tuple[int, int]:
 
 
 def norm(recipe: Recipe) -> int:
-    """Trainable numbers of one norm."""
+    """Numbers of one norm."""
     return recipe.model.hidden_size * (2 if recipe.model.normalization == "LayerNorm" else 1)
 
 
@@ -72,16 +112,24 @@ def flops_per_token(recipe: Recipe) -> float:
 
     Megatron-LM's count: 2 per multiply-add of every matrix product, the logits and the causal half of the attention
     included (Narayanan et al. 2021, arXiv 2104.04473, with half of its attention term). Recomputation is not counted.
+    A frozen matrix has no gradient: 4 for 6, and 6 for its adapters.
     """
-    return 6.0 * (recipe.model.num_layers * layer_products(recipe) + vocabulary_table(recipe))
+    layers = recipe.model.num_layers
+    whole = 6.0 * (layers * layer_products(recipe) + vocabulary_table(recipe))
+    if not recipe.lora.rank:
+        return whole
+    frozen = layers * (layer_products(recipe) - scores(recipe)) + vocabulary_table(recipe)
+    return whole - 2.0 * frozen + 6.0 * trained_parameters(recipe)
 
 
 def layer_products(recipe: Recipe) -> int:
     """Multiply-adds of one layer's forward pass per token."""
-    w = widths(recipe)
-    matrices = w.hidden * (2 * w.query + 2 * w.key + w.up + w.ffn)
-    scores = w.query * recipe.training.seq_length  # QK^T and PV over s / 2 keys on average
-    return matrices + scores + filter_products(recipe)
+    return sum(one.inputs * one.outputs for one in matrices(recipe).values()) + scores(recipe) + filter_products(recipe)
+
+
+def scores(recipe: Recipe) -> int:
+    """Of these the attention's: QK^T and PV over s / 2 keys on average."""
+    return widths(recipe).query * recipe.training.seq_length
 
 
 def filter_products(recipe: Recipe) -> int:

@@ -103,6 +103,8 @@ def refusals(saved: Recipe, new: Recipe, with_optimizer: bool = True) -> dict[st
             why[key] = "the checkpoint has no tensors for it"
         elif key in LAYOUT_KEYS and saved.checkpoint.format == "torch":
             why[key] = "the torch format is loaded at the layout that saved it"
+    if with_optimizer:
+        why |= _adapter_refusals(saved, new, changes)
     both_learned = saved.model.position_embedding_type == new.model.position_embedding_type == "learned_absolute"
     if both_learned and "model.max_position_embeddings" in changes:
         why["model.max_position_embeddings"] = "the checkpoint's positions are another number"
@@ -128,6 +130,16 @@ def _optimizer_refusals(saved: Recipe, new: Recipe, changes: dict[str, Any]) -> 
         if (torch_format and any(distributed)) or (to_or_from_fp32 and (torch_format or not any(distributed))):
             why["training.precision"] = "the checkpoint's optimizer has no state of that precision"
     return why
+
+
+def _adapter_refusals(saved: Recipe, new: Recipe, changes: dict[str, Any]) -> dict[str, str]:
+    """A checkpoint of adapters holds them and their optimizer's state alone."""
+    if "lora.rank" in changes:
+        whole = "its checkpoint has the state of all weights' optimizer" if new.lora.rank else "its checkpoint holds adapters alone"
+        return {"lora.rank": "its adapters have another rank" if saved.lora.rank and new.lora.rank else whole}
+    if saved.lora.rank and sorted(saved.lora.target_modules or ()) != sorted(new.lora.target_modules or ()):
+        return {"lora.target_modules": "its adapters are of other matrices"}
+    return {}
 
 
 def _decays_to_the_end(key: str, recipe: Recipe) -> bool:

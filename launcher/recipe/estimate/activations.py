@@ -9,7 +9,7 @@ with dropout and unfused attention on a GPU.
 from __future__ import annotations
 
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import widths
+from launcher.recipe.size import adapted, matrices, widths
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DROPOUT_ROWS = 128  # launcher/engine/attention.py: queries per block
@@ -31,7 +31,22 @@ def boundary(recipe: Recipe) -> int:
 def layer(recipe: Recipe) -> int:
     """All that a layer keeps that recomputes nothing, or its attention alone (`selective`)."""
     selective = recipe.parallel.recompute_granularity == "selective"
-    return _residual(recipe) + _attention(recipe) + _feed_forward(recipe) + (0 if selective else core_attention(recipe))
+    kept = _residual(recipe) + _attention(recipe) + _feed_forward(recipe) + (0 if selective else core_attention(recipe))
+    return kept + (_adapters(recipe) if recipe.lora.rank else 0)
+
+
+def _adapters(recipe: Recipe) -> int:
+    """What adapters keep, r numbers a token and with dropout its mask, less the inputs that frozen matrices without them do
+    not keep. A norm of yuan2 goes into the filter too, and the attention keeps its context itself."""
+    r, tp, size = recipe.lora, recipe.parallel.tensor_model_parallel_size, BYTES[recipe.training.precision]
+    kept = tokens(recipe) * r.rank * size * len(adapted(recipe))
+    for name, one in matrices(recipe).items():
+        width = tokens(recipe) * one.inputs * size // tp if one.by_inputs else boundary(recipe)
+        if name in r.target_modules:
+            kept += width // (size if recipe.derived.device == "cuda" else 1) if r.dropout else 0
+        elif name not in ("linear_v", "linear_proj"):
+            kept -= width
+    return kept
 
 
 def dropout_mask(recipe: Recipe) -> int:

@@ -17,7 +17,7 @@ from launcher.recipe.estimate import activations
 from launcher.recipe.estimate.activations import BYTES, STATISTIC, tokens
 from launcher.recipe.estimate.stages import Chunk, chunks, in_flight
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import LOGIT_ROWS, layer_parameters, norm, position_table, vocabulary_table, widths
+from launcher.recipe.size import LOGIT_ROWS, adapter_parameters, layer_parameters, norm, position_table, vocabulary_table, widths
 
 GIB = 2**30
 BAND = 0.10  # what the estimate may be off by, either way (tests/benchmarks/README.md)
@@ -32,8 +32,9 @@ class Memory:
     """Bytes of one rank at its fullest moment.
 
     Attributes:
-        gradients: the buffer that the data-parallel ranks reduce.
-        optimizer: Adam's moments, and in 16 bits the fp32 weights.
+        weights: the model's, and those of its adapters.
+        gradients: the buffer that the data-parallel ranks reduce, of what is trained.
+        optimizer: Adam's moments of that, and in 16 bits its fp32 weights.
         activations: of all micro-batches in flight.
         workspace: the logits and their loss, a layer's gradients, recomputed activations, a checkpoint's gathered state.
         base: of a process without a model.
@@ -59,7 +60,7 @@ def stage_memory(recipe: Recipe, saves: bool = True) -> list[Memory]:
 
 
 def stage_parameters(recipe: Recipe, stage: list[Chunk]) -> int:
-    """Trainable numbers that one rank of a stage holds."""
+    """Numbers of the model that one rank of a stage holds, adapters not."""
     tp = recipe.parallel.tensor_model_parallel_size
     shared, whole = layer_parameters(recipe)
     count = sum(chunk.layers for chunk in stage) * (shared // tp + whole)
@@ -70,6 +71,14 @@ def stage_parameters(recipe: Recipe, stage: list[Chunk]) -> int:
         own_table = recipe.model.untie_embeddings_and_output_weights or not stage[0].embedding
         count += norm(recipe) + (vocabulary_table(recipe) // tp if own_table else 0)
     return count
+
+
+def trained_parameters(recipe: Recipe, stage: list[Chunk]) -> int:
+    """Numbers that one rank of a stage trains: all that it holds, or its adapters alone."""
+    if not recipe.lora.rank:
+        return stage_parameters(recipe, stage)
+    shared, whole = adapter_parameters(recipe)
+    return sum(chunk.layers for chunk in stage) * (shared // recipe.parallel.tensor_model_parallel_size + whole)
 
 
 def bytes_per_parameter(recipe: Recipe) -> tuple[float, float, float]:
@@ -84,8 +93,9 @@ def bytes_per_parameter(recipe: Recipe) -> tuple[float, float, float]:
 
 
 def _rank(recipe: Recipe, number: int, stage: list[Chunk], saves: bool) -> Memory:
-    count = stage_parameters(recipe, stage)
-    weights, gradients, optimizer = (int(count * each) for each in bytes_per_parameter(recipe))
+    count, each = trained_parameters(recipe, stage), bytes_per_parameter(recipe)
+    held = stage_parameters(recipe, stage) + (count if recipe.lora.rank else 0)
+    weights, gradients, optimizer = int(held * each[0]), int(count * each[1]), int(count * each[2])
     kept = _kept(recipe, number, stage)
     # moments in which the activations are there, and in which they are not
     full = max(_loss(recipe, stage), _layer(recipe, stage) - (activations.norm(recipe) if stage[-1].output else 0))
@@ -124,13 +134,13 @@ def _chunk(recipe: Recipe, chunk: Chunk) -> int:
 
 
 def _loss(recipe: Recipe, stage: list[Chunk]) -> int:
-    """Logits and loss. In chunks (launcher/engine/loss.py): a chunk's logits or their gradients, in fp32 and in 16 bits, the
+    """Logits and loss; a frozen table has no gradient. In chunks (launcher/engine/loss.py): a chunk's logits or their gradients, in fp32 and in 16 bits, the
     table's gradient in fp32, a product in 16 bits to be added to it, the gradient of the layer's input."""
     if not stage[-1].output:
         return 0
     size, tp, device = BYTES[recipe.training.precision], recipe.parallel.tensor_model_parallel_size, recipe.derived.device
     copy = size if size != STATISTIC else 0
-    rows, table = min(tokens(recipe), LOGIT_ROWS[device]), vocabulary_table(recipe) // tp
+    rows, table = min(tokens(recipe), LOGIT_ROWS[device]), 0 if recipe.lora.rank else vocabulary_table(recipe) // tp
     logits = rows * recipe.derived.padded_vocab_size // tp
     stream = tokens(recipe) * recipe.model.hidden_size * size
     if device == "cuda" and rows == tokens(recipe):  # whole, by megatron-core: then their gradient, and those of the output layer
@@ -143,7 +153,7 @@ def _layer(recipe: Recipe, stage: list[Chunk]) -> int:
     tied table's gradient waits from the loss to the embedding."""
     p, w = recipe.parallel, widths(recipe)
     size, tp = BYTES[recipe.training.precision], p.tensor_model_parallel_size
-    work = size * (tokens(recipe) * (w.hidden + w.up // tp) + w.ffn * w.hidden // tp)
+    work = size * (tokens(recipe) * (w.hidden + w.up // tp) + (0 if recipe.lora.rank else w.ffn * w.hidden // tp))
     if p.recompute_granularity == "full":
         layers, number = max(chunk.layers for chunk in stage), p.recompute_num_layers
         # block recomputes the first layers, when those after them have let go of theirs
@@ -151,13 +161,14 @@ def _layer(recipe: Recipe, stage: list[Chunk]) -> int:
         work += together * activations.layer(recipe)
     elif p.recompute_granularity == "selective":
         work += activations.core_attention(recipe)
-    return work + (_table(recipe) if _tied_here(recipe, stage) and recipe.derived.device == "cuda" else 0)
+    tied = _tied_here(recipe, stage) and recipe.derived.device == "cuda" and not recipe.lora.rank
+    return work + (_table(recipe) if tied else 0)
 
 
 def _end(recipe: Recipe, stage: list[Chunk]) -> int:
     """The vocabulary's table at the end of the backward pass: its gradient, and tied that of the logits and their sum. A CPU
     adds the batch's rows to the buffer."""
-    if not stage[0].embedding or recipe.derived.device == "cpu":
+    if not stage[0].embedding or recipe.derived.device == "cpu" or recipe.lora.rank:
         return 0
     return _table(recipe) * (3 if _tied_here(recipe, stage) else 1)
 
@@ -182,6 +193,8 @@ def _save(recipe: Recipe, stage: list[Chunk], count: int) -> int:
     if p.use_distributed_optimizer:
         return (12 + 12) * count + 12 * count // recipe.derived.data_parallel_size
     weight, _, state = bytes_per_parameter(recipe)
+    if recipe.lora.rank:
+        return 0  # that of the adapters is small
     gated = sum(chunk.layers for chunk in stage) * w.hidden * w.up // p.tensor_model_parallel_size if m.swiglu else 0
     return int(gated * (weight + state))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from launcher.recipe.estimate.activations import BYTES, tokens
-from launcher.recipe.estimate.memory import stage_parameters
+from launcher.recipe.estimate.memory import trained_parameters
 from launcher.recipe.estimate.stages import Chunk, chunks
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import filter_products, flops_per_token, layer_products, vocabulary_table, widths
@@ -75,12 +75,13 @@ def step(recipe: Recipe) -> Step:
     forward = [_forward_flops(recipe, stage) / rate for stage in stages]  # of one micro-batch
     slowest = max(forward)
     again = slowest * _recomputed(recipe, stages[forward.index(slowest)])
-    busy = (3 * slowest + again) * d.num_microbatches
+    passes = 2 if recipe.lora.rank else 3  # forward, the input's gradients, and the weights' where they are trained
+    busy = (passes * slowest + again) * d.num_microbatches
     virtual = len(stages[0])
     tensor = d.num_microbatches * _tensor(recipe, max(sum(chunk.layers for chunk in stage) for stage in stages))
     bubble = (busy + tensor) * (p.pipeline_model_parallel_size - 1) / (virtual * d.num_microbatches)
     return Step(
-        3 * slowest * d.num_microbatches, again * d.num_microbatches, bubble, tensor, _pipeline(recipe, virtual), _data(recipe)
+        passes * slowest * d.num_microbatches, again * d.num_microbatches, bubble, tensor, _pipeline(recipe, virtual), _data(recipe)
     )
 
 
@@ -139,7 +140,7 @@ def _data(recipe: Recipe) -> float:
     p, dp = recipe.parallel, recipe.derived.data_parallel_size
     if dp == 1:
         return 0.0
-    held = max(stage_parameters(recipe, stage) for stage in chunks(recipe))
+    held = max(trained_parameters(recipe, stage) for stage in chunks(recipe))
     gradient, weight = 2 if recipe.training.precision == "fp16" else 4, BYTES[recipe.training.precision]
     size = held * (gradient + (weight if p.use_distributed_optimizer else gradient))
     within = p.tensor_model_parallel_size * dp <= recipe.launch.nproc_per_node
