@@ -31,7 +31,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [tokens, h], the same on every rank of `group`; its gradient is this rank's part of the sum over them.
-        weight: [vocabulary / ranks, h], this rank's rows.
+        weight: [vocabulary / ranks, h], this rank's rows; its gradient is made only where it is wanted.
         labels: [tokens], ids of the whole vocabulary.
         mask: [tokens], a factor for each token's loss.
         group: the tensor-parallel ranks.
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty_like(mask)
         if wants_grad:
             hidden_grad = torch.empty_like(hidden)
-            weight_grad = torch.empty_like(weight, dtype=torch.float32)
+            weight_grad = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         rows, tokens = LOGIT_ROWS[hidden.device.type], len(hidden)
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
@@ -72,7 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         factor, weight = grad_output / ctx.expected_scale, ctx.weight
         hidden_grad = (hidden_grad * factor).to(hidden_grad.dtype)
-        if ctx.add_to_main_grad:
+        if weight_grad is None:
+            pass
+        elif ctx.add_to_main_grad:
             weight.main_grad.add_(weight_grad, alpha=factor.item())
             weight.grad_added_to_main_grad = True  # what is returned only tells the hooks that it is there
             weight_grad = None if ctx.tied_here else torch.empty_like(weight)
@@ -110,12 +112,14 @@ def _chunk(
 
 
 def _add_gradients(hidden, weight, gradient, factor, hidden_grad, weight_grad, first: bool) -> None:
-    """Through the output layer: `hidden_grad` is set, `weight_grad` set by the first chunk and added to by the others."""
+    """Through the output layer: `hidden_grad` is set, `weight_grad`, if any, set by the first chunk and added to by the others."""
     if weight.dtype == torch.float32:  # the factor on the small matrices: one pass less over the large one
         torch.mm(gradient, weight, out=hidden_grad).mul_(factor)
-        torch.addmm(weight_grad, gradient.t(), hidden * factor, beta=0 if first else 1, out=weight_grad)
+        if weight_grad is not None:
+            torch.addmm(weight_grad, gradient.t(), hidden * factor, beta=0 if first else 1, out=weight_grad)
         return
     gradient = gradient.mul_(factor).to(weight.dtype)
     torch.mm(gradient, weight, out=hidden_grad)
-    product = gradient.t() @ hidden
-    weight_grad.copy_(product) if first else weight_grad.add_(product)
+    if weight_grad is not None:
+        product = gradient.t() @ hidden
+        weight_grad.copy_(product) if first else weight_grad.add_(product)
