@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from launcher.commands.pretrain import trained
 from launcher.errors import UserError, wrapped
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import CHECKS
@@ -90,6 +91,7 @@ def summary(loaded: Loaded) -> list[str]:
         length = f"{t.epochs} epoch{'s' * (t.epochs > 1)} over {r.data.train}"
     lines = {
         "model": f"{r.model.family}, {parameters(r) / 1e6:,.1f} M parameters, {t.precision}",
+        **({"adapters": trained(r)} if r.lora.rank else {}),
         "processes": f"{d.world_size} on {d.device}: TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} x DP {d.data_parallel_size}",
         "batch": f"{t.global_batch_size} samples a step = micro batch {t.micro_batch_size} x DP {d.data_parallel_size} x {d.num_microbatches}",
         "length": length,

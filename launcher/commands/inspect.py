@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from checkpoints.adapters import read_note
 from checkpoints.folder import CheckpointError, UnsaidError
 from checkpoints.recognise import Found, recognise
 from launcher.errors import UserError, raise_all
@@ -71,6 +72,12 @@ def _inspect(loaded: Loaded, path: Path, deep: bool) -> list[str]:
 
     ranks = f", {found.tensor * found.pipeline} files" if found.tensor * found.pipeline > 1 else ""
     typer.echo(f"checkpoint {found.path}: {found.format}{ranks}, {_size(found.size)}")
+    try:
+        note = read_note(found.path)
+    except CheckpointError as error:
+        return [str(error)]
+    if note:
+        typer.echo(f"adapters   {note}\nbase       {note.base}")
     if faults := damaged(found):
         return faults
     base = own_recipe(found.path)

@@ -23,7 +23,7 @@ from launcher.recipe.problem import Problem
 from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.sample_index import described
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import parameters
+from launcher.recipe.size import parameters, trained_parameters
 from launcher.run.folder import RunFolder, open_run
 
 WORKER = Path(launcher.workers.__file__).with_name("pretrain.py")
@@ -82,12 +82,20 @@ def plan(recipe: Recipe) -> str:
             f"run        {recipe.run.dir}",
             f"model      {model.family}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads,"
             f" vocabulary {derived.vocab_size}, {parameters(recipe) / 1e6:,.1f} M parameters",
+            *([f"adapters   {trained(recipe)}"] if recipe.lora.rank else []),
             f"processes  {layout}, {training.precision}",
             f"batch      {batch}",
             f"training   {steps}{_samples(recipe)}",
             *([f"index      {index}"] if index else []),
         ]
     )
+
+
+def trained(recipe: Recipe) -> str:
+    """What of a model with adapters is trained."""
+    r, count = recipe.lora, trained_parameters(recipe)
+    share = f"{count / 1e6:,.2f} M of {parameters(recipe) / 1e6:,.1f} M parameters are trained"
+    return f"LoRA of rank {r.rank}, alpha {r.alpha:g}, in {', '.join(r.target_modules)}: {share}"
 
 
 def _samples(recipe: Recipe) -> str:

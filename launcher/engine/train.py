@@ -12,6 +12,7 @@ from megatron.core import num_microbatches_calculator as microbatches
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
+from checkpoints.adapters import Adapters
 from launcher.engine import data, model
 from launcher.engine.optimizer import build_optimizer, build_scheduler, init_batch_calculator
 from launcher.engine.step import from_last_stage, run_microbatches
@@ -39,7 +40,7 @@ class Best:
 
 @dataclass
 class TrainState:
-    """What training changes: all of it is in a checkpoint."""
+    """What training changes: all of it is in a checkpoint. Of adapters also what their checkpoints say of the weights beside them."""
 
     chunks: list
     optimizer: object
@@ -48,6 +49,7 @@ class TrainState:
     consumed_train_samples: int = 0
     pending: Pending = field(default_factory=Pending)
     best: Best = field(default_factory=Best)
+    adapters: Adapters | None = None
 
     def consumed_valid_samples(self, recipe: Recipe) -> int:
         """Where the next evaluation reads on: each one so far took eval_iters global batches."""

@@ -10,7 +10,7 @@ from launcher.recipe import Loaded
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.problem import typed
 from launcher.recipe.resolve import keep_padded_vocabulary, resolve
-from launcher.recipe.schema import Derived, Launch, Parallel, Recipe
+from launcher.recipe.schema import Derived, Launch, Lora, Parallel, Recipe
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
 
 # How the stages of a pipeline are cut: of no meaning for another number of stages.
@@ -74,7 +74,7 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
     sources = dict.fromkeys(loaded.sources, FROM_CHECKPOINT)
     sources |= {key: source for key, source in loaded.sources.items() if key in taken or key.startswith("generate.")}
     trained, padded = base.parallel, base.derived.padded_vocab_size
-    base.generate, base.derived = asked.generate, Derived()
+    base.generate, base.derived, base.lora = asked.generate, Derived(), Lora()  # adapters are merged when they are loaded
     base.generate.load = str(checkpoint)
     base.parallel = Parallel(**{key: getattr(trained, key) for key in LAYOUT_KEYS})
     base.launch = Launch(device=base.launch.device)
