@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from launcher.engine.initialize import virtual_pipeline_size
 from launcher.engine.language_model import LanguageModel
+from launcher.engine.lora import adapt
+from launcher.engine.sharded import ShardedDataParallel
 from launcher.recipe.schema import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +64,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         fp16=dtype == torch.float16,
+        cpu_offloading=parallel.cpu_offloading_num_layers > 0,
+        cpu_offloading_num_layers=parallel.cpu_offloading_num_layers,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -71,7 +75,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # Interleaving sends and receives in pairs as they come; otherwise NCCL batches them. gloo cannot batch.
         overlap_p2p_comm=virtual_pipeline_size(recipe) is not None,
         batch_p2p_comm=not on_cpu and virtual_pipeline_size(recipe) is None,
-        gradient_accumulation_fusion=on_cpu,  # launcher/engine/cpu_port.py has its kernel; a GPU's is in Apex
+        # launcher/engine/cpu_port.py has its kernel, a GPU's is in Apex. It adds to a buffer that ZeRO 2 and 3 have not.
+        gradient_accumulation_fusion=on_cpu and (parallel.zero or 0) < 2,
         masked_softmax_fusion=False,
         bias_activation_fusion=not on_cpu and (model.swiglu or model.add_bias_linear and not model.openai_gelu),
         bias_dropout_fusion=not on_cpu,
@@ -156,6 +161,10 @@ def wrap_data_parallel(recipe: Recipe, config: TransformerConfig, chunks: list) 
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=recipe.training.precision == "bf16",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+    if (parallel.zero or 0) >= 2:
+        wrapped = [ShardedDataParallel(config, chunk, unwrap(chunk), parallel.zero) for chunk in chunks]
+        config.no_sync_func = wrapped[0].no_sync
+        return wrapped
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )

@@ -133,7 +133,8 @@ def environment(recipe: Recipe, local_rank: int, machines: Alone | First | Other
         "MASTER_PORT": str(machines.port),
         PARENT_ENV: str(os.getpid()),
     }
-    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: keeps TP's communication in the order it was issued
+    if (recipe.parallel.zero or 0) < 2:  # FSDP2 gathers and sums beside the arithmetic, in queues of their own
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: keeps TP's communication in the order it was issued
     if spec.cpu_threads:
         env |= {"OMP_NUM_THREADS": str(spec.cpu_threads), "MKL_NUM_THREADS": str(spec.cpu_threads)}
     if recipe.derived.device == "cpu":

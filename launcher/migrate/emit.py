@@ -22,7 +22,7 @@ ALWAYS = {"model.max_position_embeddings", "tokenizer.type", "run.dir", "paralle
 DERIVED_ALIKE = {"model.ffn_hidden_size", "model.kv_channels", "training.global_batch_size", "data.split", "data.num_workers",
                  "tokenizer.vocab_size", "model.num_query_groups"}  # fmt: skip
 SAID_OTHERWISE = {"model.family", "model.add_bias_linear", "training.precision", "training.train_tokens",
-                  "run.name", "logging.tensorboard",
+                  "run.name", "logging.tensorboard", "parallel.zero",
                   "optimizer.lr_decay_tokens", "optimizer.lr_warmup_tokens", "optimizer.lr_wsd_decay_tokens"}  # fmt: skip
 OF_TRAINING = ("model.", "parallel.", "training.", "optimizer.", "lora.", "data.", "tokenizer.", "checkpoint.", "logging.")
 OF_THE_FORK = {
@@ -105,6 +105,11 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
         model.append(["--disable-bias-linear"])
     if recipe.training.precision != "fp32":
         training.append([f"--{recipe.training.precision}"])
+    if (recipe.parallel.zero or 0) >= 2:
+        sharded = ["--use-torch-fsdp2"] + ["--torch-fsdp2-no-reshard-after-forward"] * (recipe.parallel.zero == 2)
+        found.setdefault("parallel", []).append(sharded)
+    if recipe.optimizer.optimizer_cpu_offload:
+        found["optimizer"].append(["--use-precision-aware-optimizer"])  # Megatron-LM asks for both
     if recipe.checkpoint.load is None and recipe.run.dir:
         found.setdefault("checkpoint", []).append(["--load", recipe.run.dir])
     return _as_yuan(found, recipe) if recipe.model.family == "yuan2" else found

@@ -22,7 +22,7 @@ SAME_NAME = """
     parallel.num_layers_per_virtual_pipeline_stage parallel.decoder_first_pipeline_num_layers
     parallel.decoder_last_pipeline_num_layers parallel.sequence_parallel parallel.use_distributed_optimizer
     parallel.overlap_grad_reduce parallel.overlap_param_gather parallel.recompute_granularity parallel.recompute_method
-    parallel.recompute_num_layers parallel.distributed_timeout_minutes
+    parallel.recompute_num_layers parallel.cpu_offloading_num_layers parallel.distributed_timeout_minutes
     training.seq_length training.micro_batch_size training.global_batch_size training.rampup_batch_size training.train_iters
     training.train_samples training.seed training.loss_scale training.initial_loss_scale training.min_loss_scale
     training.loss_scale_window training.hysteresis training.eval_interval training.eval_iters training.exit_duration_in_mins
@@ -32,6 +32,7 @@ SAME_NAME = """
     optimizer.lr_warmup_init optimizer.lr_wsd_decay_style optimizer.lr_wsd_decay_iters optimizer.lr_wsd_decay_samples
     optimizer.weight_decay optimizer.start_weight_decay optimizer.end_weight_decay optimizer.weight_decay_incr_style
     optimizer.clip_grad optimizer.adam_beta1 optimizer.adam_beta2 optimizer.adam_eps
+    optimizer.optimizer_cpu_offload optimizer.optimizer_offload_fraction optimizer.overlap_cpu_optimizer_d2h_h2d
     data.data_path data.split data.train_data_path data.valid_data_path data.test_data_path data.reset_position_ids
     data.reset_attention_mask data.eod_mask_loss data.num_workers data.data_cache_path
     tokenizer.tokenizer_model tokenizer.vocab_file tokenizer.merge_file tokenizer.vocab_size
@@ -78,6 +79,8 @@ MEANS: dict[str, dict[str, Any]] = {
     "--use-llama2-rotary-position-embeddings": {"model.position_embedding_type": "rope"},
     "--use-dist-ckpt": {"checkpoint.format": "torch_dist"},
     "--use-lf-gate": {"model.family": "yuan2"},
+    "--use-torch-fsdp2": {"parallel.zero": 3},
+    "--torch-fsdp2-no-reshard-after-forward": {"parallel.zero": 2},
 }  # fmt: skip
 # Older names, and those of Yuan 2.0's and Pai's forks, with the name of today.
 SPELLINGS = {
@@ -139,6 +142,8 @@ WITHOUT_BEARING = {
         --distrib-optim-fully-reshardable-mem-efficient --process-checkpoint""",
     _LOADING: "--auto-detect-ckpt-format --dist-ckpt-strictness --exit-on-missing-checkpoint",
     "weights that are loaded take the place of the first ones in any case": "--no-initialization",
+    "moments, gradients and main weights are fp32; with optimizer.optimizer_cpu_offload it is set by itself":
+        "--use-precision-aware-optimizer",
     "a run of yuan saves and ends on SIGTERM and Ctrl-C by itself": "--exit-signal-handler",
     _COMMUNICATION: """--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --no-align-grad-reduce
         --no-align-param-gather --ddp-* --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p --use-nccl-ub --use-sharp
@@ -205,12 +210,8 @@ WITHOUT_KEY = {
     "--fp32-residual-connection": "the residual stream has the training's precision",
     "--fp16-lm-cross-entropy": "the loss is computed in fp32",
     "--recompute-modules": "selective recomputation is that of the attention",
-    "--cpu-offloading-num-layers": "activations are not moved to the host's memory",
-    "--optimizer-cpu-offload": "the optimizer's state is not moved to the host's memory",
-    "--optimizer-offload-fraction": "the optimizer's state is not moved to the host's memory",
-    "--use-megatron-fsdp": "parameters and gradients are not sharded; parallel.use_distributed_optimizer shards the optimizer",
-    "--use-torch-fsdp2": "parameters and gradients are not sharded; parallel.use_distributed_optimizer shards the optimizer",
-    "--data-parallel-sharding-strategy": "parameters and gradients are not sharded",
+    "--use-megatron-fsdp": "gradients and weights are shared out with parallel.zero=2 or 3",
+    "--data-parallel-sharding-strategy": "gradients and weights are shared out with parallel.zero=2 or 3",
     "--calculate-per-token-loss": "the loss is averaged per micro-batch",
     "--account-for-embedding-in-pipeline-split": "give parallel.pipeline_model_parallel_layout",
     "--account-for-loss-in-pipeline-split": "give parallel.pipeline_model_parallel_layout",

@@ -33,14 +33,8 @@ from launcher.migrate.result import Migration
 
 UNUSED = "dropped: the script makes no use of it"
 FUSED = "dropped: yuan takes fused attention wherever it can"
-ZERO = {
-    "1": "",
-    "2": "stage 2 also shards the gradients",
-    "3": "stage 3 also shards gradients and weights",
-}
-ZERO_LEFT = (
-    ", which yuan's distributed optimizer (stage 1) does not: more memory per GPU; where it does not fit, "
-    "parallel.tensor_model_parallel_size=2 or more"
+ZERO_IN_FP16 = (
+    "in fp16 stage 1 alone: gradients and weights are not shared out, which takes more memory per GPU; in bf16, parallel.zero={}"
 )
 FROM_TEXT = (
     "text is made into token ids first: `yuan preprocess` with this recipe, from JSON lines whose key preprocess.json_keys "
@@ -189,8 +183,9 @@ def deepspeed(call: Call) -> Migration:
     r.carry(BATCH_SIZE="training.micro_batch_size", LR="optimizer.lr", EPOCH="training.epochs")
     positions(r)
     precision(r)
-    lost = ZERO[r.text("ZERO")]
-    r.line("ZERO", {"parallel.use_distributed_optimizer": True}, note="ZeRO-1", lost=lost + ZERO_LEFT if lost else "")
+    stage, in_fp16 = int(r.text("ZERO")), r.text("PR") == "fp16"
+    lost = ZERO_IN_FP16.format(stage) if in_fp16 and stage > 1 else ""
+    r.line("ZERO", {"parallel.zero": 1 if lost else stage}, lost=lost)
     r.line("GC", FULL_RECOMPUTATION if r.text("GC") == "true" else {})
     r.line("FLASH", note=FUSED, trap=traps.FLASH_FALSE if r.text("FLASH") == "false" else "")
     r.line("TRAIN_DATASET_PATH", {"data.train": r.text("TRAIN_DATASET_PATH")}, trap=traps.LOSS_OF_PADDING)

@@ -19,6 +19,7 @@ from launcher.recipe import (
     check_model,
     check_run,
     check_schedule,
+    check_sharding,
     check_slurm,
     check_stages,
 )
@@ -76,7 +77,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 
 
 # The checks that look at the recipe alone, at no file: asked again about every change that they offer.
-_OF_THE_RECIPE = {module.__name__ for module in (check_model, check_layout, check_stages, check_schedule)}
+_OF_THE_RECIPE = {module.__name__ for module in (check_model, check_layout, check_sharding, check_stages, check_schedule)}
 
 
 # What the number of data-parallel ranks follows from, and what is judged by it.

@@ -95,7 +95,7 @@ def changes(recipe: Recipe) -> Iterator[Change]:
     """Changes that save memory and keep the training's results, the cheapest first, then together."""
     p, t = recipe.parallel, recipe.training
     sharing: list[Change] = []
-    if recipe.derived.data_parallel_size > 1 and not p.use_distributed_optimizer:
+    if recipe.derived.data_parallel_size > 1 and not p.use_distributed_optimizer and not p.zero:
         sharing.append({"parallel.use_distributed_optimizer": True})
     if p.tensor_model_parallel_size > 1 and not p.sequence_parallel:
         sharing.append({"parallel.sequence_parallel": True})

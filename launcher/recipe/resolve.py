@@ -38,6 +38,7 @@ def resolve(recipe: Recipe, sources: dict[str, str], name: str) -> None:
         _fine_tuning(recipe, sources)
     if (recipe.lora.rank or 0) > 0:
         _lora(recipe, fill, sources)
+    _turn_on(recipe, sources, "parallel.use_distributed_optimizer", recipe.parallel.zero == 1)
     fill("preprocess.workers", cores())
     _model(recipe, fill)
     _processes(recipe, fill)
@@ -62,7 +63,7 @@ def _lora(recipe: Recipe, fill, sources: dict[str, str]) -> None:
 
 
 def _turn_on(recipe: Recipe, sources: dict[str, str], key: str, wanted: bool) -> None:
-    if wanted and sources.get(key, "default") == "default":
+    if wanted and sources.get(key, "default") in ("default", "derived"):
         group, leaf = key.split(".")
         setattr(getattr(recipe, group), leaf, True)
         sources[key] = "derived"

@@ -89,6 +89,8 @@ class Parallel:
     """Split norms and dropout over the sequence among the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Share the optimizer's state among the data-parallel ranks (ZeRO-1)."""
+    zero: Optional[int] = None
+    """Ours: ZeRO's stage. 1: the distributed optimizer. 2: torch's FSDP2 shares out the gradients too, 3: and the weights."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
@@ -99,6 +101,8 @@ class Parallel:
     """Which layers, with full: chunks of recompute_num_layers, or the first recompute_num_layers of a stage."""
     recompute_num_layers: Optional[int] = None
     """Layers per chunk (uniform) or recomputed layers per stage (block)."""
+    cpu_offloading_num_layers: int = 0
+    """Layers whose activations wait for the backward pass in the host's memory; on GPUs with Transformer Engine."""
     distributed_timeout_minutes: int = 10
     """How long a collective may wait before the run is declared dead."""
 
@@ -147,6 +151,8 @@ class Training:
     """Save and stop after this many minutes."""
     exit_interval: Optional[int] = None
     """Save and stop at a step divisible by this."""
+    torch_compile: bool = False
+    """Ours: torch.compile on each layer's norms, activation function and residual sums. Costs a minute at the start; on a CPU a C++ compiler."""
 
 
 @dataclass
@@ -199,6 +205,12 @@ class Optimizer:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to Adam's denominator."""
+    optimizer_cpu_offload: bool = False
+    """Keep and update the optimizer's state in the host's memory; on GPUs, with the distributed optimizer."""
+    optimizer_offload_fraction: float = 1.0
+    """The share of it that is kept there."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Copy gradients and weights while the host updates others."""
 
 
 @dataclass

@@ -16,7 +16,9 @@ from launcher.recipe.schema import Recipe
 SAFE_GROUPS = {"parallel", "preprocess", "logging", "launch", "slurm", "run", "generate", "convert", "serve"}
 SAFE_KEYS = {
     "training.train_iters", "training.train_samples", "training.train_tokens", "training.epochs", "training.micro_batch_size",
-    "training.early_stop_patience", "checkpoint.keep_best",
+    "training.early_stop_patience", "checkpoint.keep_best", "checkpoint.export_hf",
+    "training.torch_compile", "optimizer.optimizer_cpu_offload", "optimizer.optimizer_offload_fraction",
+    "optimizer.overlap_cpu_optimizer_d2h_h2d",
     "training.eval_interval", "training.eval_iters", "training.exit_duration_in_mins", "training.exit_interval",
     "data.num_workers", "data.data_cache_path",
     "checkpoint.save_interval", "checkpoint.keep_last", "checkpoint.format",  # of what is written; either is read
@@ -125,6 +127,8 @@ def _optimizer_refusals(saved: Recipe, new: Recipe, changes: dict[str, Any]) -> 
     distributed = [recipe.parallel.use_distributed_optimizer for recipe in (saved, new)]
     if torch_format and distributed[0] != distributed[1]:
         why["parallel.use_distributed_optimizer"] = "the torch format holds the other form of the optimizer"
+    if torch_format and (new.parallel.zero or 0) >= 2:
+        why["parallel.zero"] = "the torch format holds a whole optimizer, and no rank would"
     if "training.precision" in changes:
         to_or_from_fp32 = "fp32" in changes["training.precision"]
         if (torch_format and any(distributed)) or (to_or_from_fp32 and (torch_format or not any(distributed))):

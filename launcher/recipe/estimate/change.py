@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launcher.recipe import check_layout, check_schedule, check_stages
+from launcher.recipe import check_layout, check_schedule, check_sharding, check_stages
 from launcher.recipe.problem import Case, Check, Problem
 from launcher.recipe.resolve import padded_vocabulary
 from launcher.recipe.schema import Recipe
@@ -20,6 +20,8 @@ LAYOUT: tuple[Check, ...] = (  # the rules of `check` about how processes share 
     check_stages.interleaving,
     check_stages.recompute,
     check_layout.data_parallel,
+    check_sharding.zero,
+    check_sharding.offloading,
     check_layout.machines,
 )
 RULES = (*LAYOUT, check_schedule.rampup)  # those that another layout can break

@@ -103,6 +103,7 @@ def shapes(recipe: Recipe) -> Iterator[Change]:
                         **stages,
                         "parallel.sequence_parallel": tp > 1,
                         "parallel.use_distributed_optimizer": dp > 1,
+                        "parallel.zero": None,
                         "parallel.recompute_granularity": None,
                         "parallel.recompute_method": None,
                         "parallel.recompute_num_layers": None,

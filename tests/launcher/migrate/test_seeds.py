@@ -59,7 +59,9 @@ EXPECTED = {
     }, ["CHECKPOINT_PATH", "TP", "SEQ_LEN", "EXTRA_VOCAB_SIZE", "REPETITION_PENALTY"]),
     "pai_deepspeed.sh": ({key: value for key, value in TRAINING_7B.items() if key not in (
         "training.seed", "training.eval_iters", "optimizer.min_lr", "parallel.tensor_model_parallel_size",
-        "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel", "logging.log_interval")} | {
+        "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel", "parallel.use_distributed_optimizer",
+        "logging.log_interval")} | {
+        "parallel.zero": 2,
         "training.global_batch_size": 16, "training.epochs": 2, "training.precision": "bf16",
         "optimizer.lr_decay_style": "constant", "parallel.recompute_granularity": "full", "parallel.recompute_method": "uniform",
         "parallel.recompute_num_layers": 1, "data.train": f"{WORK}//llama2-datasets/wudao_train.json",

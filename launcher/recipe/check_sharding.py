@@ -1,0 +1,93 @@
+"""Checks of what is shared out over the data-parallel ranks, and of what waits in the host's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from launcher.recipe.problem import Case, Problem, count
+
+PP = "parallel.pipeline_model_parallel_size"
+ZERO, DISTRIBUTED = "parallel.zero", "parallel.use_distributed_optimizer"
+OFFLOADED = "parallel.cpu_offloading_num_layers"
+
+
+def zero(case: Case) -> Iterator[Problem]:
+    """ZeRO's stage 1 is the distributed optimizer; 2 and 3 are FSDP2, which takes the place of Megatron's data parallelism."""
+    p = case.recipe.parallel
+    if p.zero is None:
+        return
+    if p.zero not in (1, 2, 3):
+        yield Problem(f"ZeRO has the stages 1, 2 and 3, and no {p.zero}", case.at(ZERO), f"{ZERO}=1 or 2 or 3", by_itself=True)
+        return
+    if bool(p.use_distributed_optimizer) != (p.zero == 1):
+        what = "ZeRO's stage 1 is the distributed optimizer" if p.zero == 1 else f"ZeRO's stage {p.zero} shares out the optimizer by itself"
+        fix = f"{DISTRIBUTED}={str(p.zero == 1).lower()}" + (", or parallel.zero=1" if p.zero != 1 else "")
+        yield Problem(f"{what}, and use_distributed_optimizer is {str(p.use_distributed_optimizer).lower()}", case.at(ZERO, DISTRIBUTED), fix)
+    if p.zero == 1:
+        return
+    yield from _fully_sharded(case)
+
+
+def _fully_sharded(case: Case) -> Iterator[Problem]:
+    p, stage = case.recipe.parallel, case.recipe.parallel.zero
+    if p.pipeline_model_parallel_size > 1:
+        what = f"ZeRO's stage {stage} would gather a pipeline stage's weights anew for every micro-batch in flight"
+        yield Problem(what, case.at(ZERO, PP), f"{PP}=1, or {ZERO}=1")
+    for key in ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather"):
+        if case.value(key):
+            what = f"{key.split('.')[1]} is of Megatron's data parallelism; ZeRO's stage {stage} overlaps by itself"
+            yield Problem(what, case.at(key, ZERO), f"{key}=false")
+    if case.recipe.training.precision == "fp16":
+        what = f"ZeRO's stage {stage} has no loss scale that all ranks agree on"
+        yield Problem(what, case.at("training.precision", ZERO), f"training.precision=bf16, or {ZERO}=1")
+    if case.recipe.lora.rank:
+        what = f"ZeRO's stage {stage} shares out what is trained, and of adapters that is little; frozen weights it leaves"
+        yield Problem(what, case.at(ZERO, "lora.rank"), f"{ZERO}=1, or lora.rank=null")
+    if case.recipe.checkpoint.format == "torch":
+        what = f"the torch format has a file for each tensor-parallel rank, and with ZeRO's stage {stage} none holds a whole tensor"
+        yield Problem(what, case.at("checkpoint.format", ZERO), "checkpoint.format=torch_dist")
+    if case.recipe.derived.data_parallel_size == 1:
+        what = f"ZeRO's stage {stage} shares out over the data-parallel ranks, and there is one"
+        yield Problem(what, case.at(ZERO), f"{ZERO}=null, or launch.nproc_per_node={2 * case.recipe.launch.nproc_per_node}", "warning")
+
+
+def offloading(case: Case) -> Iterator[Problem]:
+    """Host memory helps a GPU; a CPU's is the same."""
+    recipe = case.recipe
+    asked = [key for key in (OFFLOADED, "optimizer.optimizer_cpu_offload") if case.value(key)]
+    for key in asked if recipe.derived.device == "cpu" else ():
+        yield Problem(f"{key.split('.')[1]} moves to the host's memory what a GPU has no room for; this is a CPU", case.at(key, "launch.device"), _off(key))
+    if OFFLOADED in asked:
+        yield from _activations(case)
+    if recipe.optimizer.optimizer_cpu_offload and not recipe.parallel.use_distributed_optimizer:
+        what = "megatron-core updates in the host's memory what the distributed optimizer shares out, and nothing else"
+        yield Problem(what, case.at("optimizer.optimizer_cpu_offload", DISTRIBUTED), f"{DISTRIBUTED}=true")
+    if not 0 <= recipe.optimizer.optimizer_offload_fraction <= 1:
+        key = "optimizer.optimizer_offload_fraction"
+        yield Problem(f"{key} is a share, not {case.value(key)}", case.at(key), "give a value from 0 to 1", by_itself=True)
+
+
+def _activations(case: Case) -> Iterator[Problem]:
+    recipe, number = case.recipe, case.recipe.parallel.cpu_offloading_num_layers
+    p, layers = recipe.parallel, recipe.model.num_layers or 0
+    if not 0 < number < max(layers, 1):
+        what = f"of {count(layers, 'layer')} the last one's activations are needed at once: {number} cannot wait in the host's memory"
+        yield Problem(what, case.at(OFFLOADED, "model.num_layers"), f"{OFFLOADED}={max(layers - 1, 0)}")
+    if p.pipeline_model_parallel_size > 1:
+        what = "megatron-core moves no activations to the host's memory under a pipeline"
+        yield Problem(what, case.at(OFFLOADED, PP), f"{PP}=1, or {_off(OFFLOADED)}")
+    if p.recompute_granularity is not None:
+        what = "activations are computed again or wait in the host's memory, not both"
+        yield Problem(what, case.at(OFFLOADED, "parallel.recompute_granularity"), f"parallel.recompute_granularity=null, or {_off(OFFLOADED)}")
+    fused = {"model.family": recipe.model.family == "yuan2", "data.reset_attention_mask": recipe.data.reset_attention_mask}
+    for key in (key for key, used in fused.items() if used):
+        what = "Transformer Engine's layers alone move their activations to the host's memory, and these are not they"
+        yield Problem(what, case.at(OFFLOADED, key), _off(OFFLOADED))
+    if case.launching and recipe.derived.device == "cuda" and find_spec("transformer_engine") is None:
+        what = "Transformer Engine moves activations to the host's memory, and it is not installed"
+        yield Problem(what, case.at(OFFLOADED), f"pip install transformer-engine[pytorch], or {_off(OFFLOADED)}")
+
+
+def _off(key: str) -> str:
+    return f"{key}=0" if key == OFFLOADED else f"{key}=false"
