@@ -242,7 +242,7 @@ def main(folder):
     finish()
 
 
-def fork_ranks(folder, count=4):
+def fork_ranks(folder, count=4, main=main):
     """Run `main` in `count` ranks; whether all ended well."""
     from launcher.engine import cpu_port
 
