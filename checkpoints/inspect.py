@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from checkpoints.convert import checksum
 from checkpoints.files import mindspore, pickled, safetensors
 from checkpoints.files.stored import NAMES
 from checkpoints.folder import MANIFEST, CheckpointError
@@ -16,10 +15,14 @@ from checkpoints.folder import manifest as folder_manifest
 from checkpoints.formats.base import Source
 from checkpoints.formats.mindspore import rank_file
 from checkpoints.models.gpt import SCALE
+from checkpoints.parallel import checksum
 from checkpoints.recognise import RANK_FILES, Found
 
 
-def damaged(found: Found) -> list[str]:
+_ASIDE = f"if it was changed on purpose, move {MANIFEST} elsewhere"
+
+
+def damaged(found: Found) -> list[CheckpointError]:
     """What is wrong with the files of weights, each by itself: only their headers are read.
 
     torch_dist's have none; what they should hold is in one place, which opening the checkpoint reads.
@@ -29,7 +32,7 @@ def damaged(found: Found) -> list[str]:
         try:
             read(path)
         except CheckpointError as error:
-            faults.append(str(error))
+            faults.append(error)
     return faults
 
 
@@ -66,22 +69,23 @@ def manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def unsound(source: Source, found: Found, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def unsound(source: Source, found: Found, progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
     """Reads every number: tensors with NaN or infinity, tensors that are not those which a conversion wrote, checksums."""
     if found.format == "mindspore":
         for path, _ in _files(found):
             if mindspore.wrong_checksum(path):
-                yield f"{path} does not have the checksum that it ends with"
+                yield CheckpointError(f"{path} does not have the checksum that it ends with", "copy it again, or take an older checkpoint")
     written = manifest(found.path).get("tensors", {})
     for tensor in source.tensors:
         try:
             whole = source.read(tensor.name)
         except CheckpointError as error:
-            yield str(error)
+            yield error
             continue
         if whole.is_floating_point() and (bad := int((~whole.isfinite()).sum())):
-            yield f"{tensor.name}: {bad:,} of its {whole.numel():,} numbers are NaN or infinite"
+            what = f"{tensor.name}: {bad:,} of its {whole.numel():,} numbers are NaN or infinite"
+            yield CheckpointError(what, "take an older checkpoint; yuan convert --allow-nan takes them as they are")
         said = written.get(tensor.name, {}).get("crc32")
         if said is not None and said != f"{checksum(whole):08x}":
-            yield f"{tensor.name} is not what {MANIFEST} says that was written"
+            yield CheckpointError(f"{tensor.name} is not what {MANIFEST} says that was written", f"convert it anew; {_ASIDE}")
         progress(whole.nbytes)

@@ -15,6 +15,7 @@ from math import sqrt
 
 import torch
 
+from checkpoints.files.stored import NAMES
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Source
 from checkpoints.models.gpt import SCALE
@@ -84,11 +85,44 @@ class Quantized(Source):
         return torch.int8 if name in self._scaled else self._source.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor; the scales after their weight."""
+        """A tensor; the scales best after their weight, with which they are made."""
         if name.endswith(SCALE):
-            return self._scales[name]
+            if name not in self._scales:
+                self.read(name.removesuffix(SCALE) + "weight")
+            return self._scales.pop(name)
         whole = self._source.read(name)
         if name not in self._scaled:
             return whole
         numbers, self._scales[name.removesuffix("weight") + SCALE], self.errors[name] = quantize(whole, name)
         return numbers
+
+
+class Dequantized(Source):
+    """A source of int8 weights as the numbers that they stand for, scale x q, rounded once."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None = None):
+        """`dtype` is what they become; by default the type of the embedding, which is not quantized."""
+        vars(self).update(vars(source))
+        self._source, self.model = source, replace(source.model, quantize=None)
+        self._scaled = {tensor.name.removesuffix(SCALE) + "weight" for tensor in source.tensors if tensor.within.endswith(SCALE)}
+        self._dtype = dtype or source.dtype(source.tensors[0].name)
+
+    @property
+    def lost(self) -> str:
+        """What the numbers keep, in words."""
+        return "in fp32" if self._dtype == torch.float32 else f"rounded to {NAMES[self._dtype]}"
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype if name in self._scaled else self._source.dtype(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, whole."""
+        numbers = self._source.read(name)
+        if name not in self._scaled:
+            return numbers
+        scales = self._source.read(name.removesuffix("weight") + SCALE).float()
+        whole, step = torch.empty(numbers.shape, dtype=self._dtype), max(1, _BLOCK // max(1, numbers.shape[1]))
+        for first in range(0, len(numbers), step):
+            rows = slice(first, first + step)
+            whole[rows] = numbers[rows].float().mul_(scales[rows, None])
+        return whole

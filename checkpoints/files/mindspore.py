@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.files.stored import Stored, raw
+from checkpoints.files.stored import Buffer, Stored
 from checkpoints.folder import CheckpointError
 
 TYPES = {
@@ -30,6 +30,7 @@ TYPES = {
 CODES = {dtype: code for code, dtype in TYPES.items()}
 SLICE = 512 << 20
 _TRAILER, _TRAILER_BYTES = b"crc_num", 17
+_AGAIN = "copy it again"
 _READ_ONLY = 0o400  # as MindSpore leaves its files
 
 
@@ -69,23 +70,26 @@ def read(path: Path) -> dict[str, Pieces]:
     """
     with open(path, "rb") as file:
         if not path.stat().st_size:
-            raise CheckpointError(f"{path} is empty")
+            raise CheckpointError(f"{path} is empty", _AGAIN)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             end = len(data) - (_TRAILER_BYTES if _has_checksum(data) else 0)
             try:
                 entries = list(_values(data, end))
             except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise CheckpointError(f"{path} is no .ckpt of MindSpore, is encrypted or cut off: {error}") from error
+                raise CheckpointError(
+                    f"{path} is no .ckpt of MindSpore, is encrypted or cut off: {error}",
+                    f"{_AGAIN}; an encrypted one has to be decrypted first",
+                ) from error
     found: dict[str, Pieces] = {}
     for name, dtype, shape, place in entries:
         before = found.get(name)
         if before is not None and (before.dtype, before.shape) != (dtype, shape):
-            raise CheckpointError(f"{path} is damaged: {name} is there twice, and the two differ")
+            raise CheckpointError(f"{path} is damaged: {name} is there twice, and the two differ", _AGAIN)
         found[name] = Pieces(path, dtype, shape, (*(before.places if before else ()), place))
     for name, one in found.items():
         there, wanted = sum(size for _, size in one.places), prod(one.shape) * one.dtype.itemsize
         if there != wanted:
-            raise CheckpointError(f"{path} is damaged: {name} {list(one.shape)} has {there:,} bytes of {wanted:,}")
+            raise CheckpointError(f"{path} is damaged: {name} {list(one.shape)} has {there:,} bytes of {wanted:,}", _AGAIN)
     return found
 
 
@@ -154,28 +158,27 @@ def wrong_checksum(path: Path) -> bool:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-class Writer:
-    """Writes one file, tensor by tensor: the bytes that MindSpore's save_checkpoint writes for them."""
+def slices(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[bytes, int, int]]:
+    """How MindSpore's save_checkpoint writes a tensor: what stands before each stretch of its bytes, where in them that begins
+    and ends."""
+    head = b"".join(b"\x08" + _number(size) for size in shape) + _tagged(2, CODES[dtype].encode())
+    tag, nbytes, found = _tagged(1, name.encode()), prod(shape) * dtype.itemsize, []
+    for at in range(0, max(1, nbytes), SLICE):
+        size = min(SLICE, nbytes - at)
+        before = head + b"\x1a" + _number(size)
+        inner = tag + b"\x12" + _number(len(before) + size) + before
+        found.append((b"\x0a" + _number(len(inner) + size) + inner, at, at + size))
+    return found
 
-    def __init__(self, path: Path):
-        self.path, self._file = path, open(path, "wb")  # noqa: SIM115  closed by `close`
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor."""
-        content = raw(tensor)
-        head = b"".join(b"\x08" + _number(size) for size in tensor.shape) + _tagged(2, CODES[tensor.dtype].encode())
-        tag = _tagged(1, name.encode())
-        for at in range(0, max(1, len(content)), SLICE):
-            piece = content[at : at + SLICE]
-            before = head + b"\x1a" + _number(len(piece))
-            inner = tag + b"\x12" + _number(len(before) + len(piece)) + before
-            self._file.write(b"\x0a" + _number(len(inner) + len(piece)) + inner)
-            self._file.write(piece)
+def whole(name: str, dtype: torch.dtype, shape: tuple[int, ...], content: memoryview) -> list[Buffer]:
+    """All that stands for a tensor in a file, its bytes being `content`."""
+    return [part for head, start, stop in slices(name, dtype, shape) for part in (head, content[start:stop])]
 
-    def close(self) -> None:
-        """End the file, which nobody may write to any more."""
-        self._file.close()
-        self.path.chmod(_READ_ONLY)
+
+def end(path: Path) -> None:
+    """End a file, which nobody may write to any more."""
+    path.chmod(_READ_ONLY)
 
 
 def _number(value: int) -> bytes:

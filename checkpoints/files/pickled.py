@@ -115,7 +115,7 @@ class _TorchUnpickler(Unpickler):
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
         _, dtype, key, _, count = pid
         if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"{self._path} holds a storage of an unknown type")
+            raise CheckpointError(f"{self._path} holds a storage of an unknown type", _AGAIN)
         offset, size = self._places[key]
         if count * dtype.itemsize > size:
             raise CheckpointError(f"{self._path} is damaged: storage {key} has {size:,} bytes for {count:,} {dtype}", _AGAIN)
@@ -177,7 +177,7 @@ def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tu
     if packed := [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
         raise CheckpointError(f"{path} is damaged: {packed[0]} is compressed, which torch.save never does", _AGAIN)
     if f"{roots[0]}/byteorder" in archive.namelist() and archive.read(f"{roots[0]}/byteorder") != b"little":
-        raise CheckpointError(f"{path} was written on a big-endian machine")
+        raise CheckpointError(f"{path} was written on a big-endian machine", "save it on a little-endian machine")
     places = {}
     for entry in archive.infolist():
         if not entry.filename.startswith(f"{roots[0]}/data/"):

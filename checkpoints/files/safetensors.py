@@ -1,7 +1,7 @@
 """Hugging Face's safetensors: 8 bytes of length, a JSON header of names, types, shapes and places, then the bytes.
 
-Ours and not the library's, because this reads and writes one tensor at a time and drops it: the library maps whole files,
-and writes a file from tensors that are all in memory. Format: https://github.com/huggingface/safetensors#format
+Ours and not the library's, because this reads one tensor at a time and drops it, and plans where each goes: the library maps
+whole files, and writes a file from tensors that are all in memory. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.files.stored import Stored, raw
+from checkpoints.files.stored import Stored
 from checkpoints.folder import CheckpointError
 
 TYPES = {
@@ -77,31 +77,35 @@ def _check_places(path: Path, found: dict[str, Stored], at: int, size: int) -> N
         raise CheckpointError(f"{path} {what}, {size:,} there", _AGAIN)
 
 
-class Writer:
-    """Writes one file: first what it will hold, then the tensors one by one, in that order."""
+class Planned:
+    """A file to be written, in which each tensor has its place.
 
-    def __init__(self, path: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    Attributes:
+        header: what it begins with.
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]):
+        content: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        self._places: dict[str, tuple[int, int]] = {}
         at = 0
         for name, dtype, shape in entries:
             size = torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+            content[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+            self._places[name] = at, size
             at += size
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(content, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._pending = [(name, entry) for name, entry in header.items() if name != "__metadata__"][::-1]
-        self._file = open(path, "wb")  # noqa: SIM115  closed by `close`
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self.header = struct.pack("<Q", len(text)) + text
+        self.size = len(self.header) + at
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor; it must be the one announced."""
-        expected, entry = self._pending.pop()
-        if (name, CODES[tensor.dtype], list(tensor.shape)) != (expected, entry["dtype"], entry["shape"]):
-            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} where {expected} {entry} was announced")
-        self._file.write(raw(tensor))
+    def place(self, name: str, nbytes: int) -> int:
+        """The byte at which a tensor begins.
 
-    def close(self) -> None:
-        """End the file; all that was announced must have been written."""
-        self._file.close()
-        if self._pending:
-            raise ValueError(f"not written: {', '.join(name for name, _ in self._pending)}")
+        Raises:
+            ValueError: it was announced with another size.
+        """
+        at, size = self._places[name]
+        if size != nbytes:
+            raise ValueError(f"{name}: {nbytes} bytes where {size} were announced")
+        return len(self.header) + at

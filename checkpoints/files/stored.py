@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 
@@ -15,6 +15,7 @@ from checkpoints.folder import CheckpointError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int8"}
 _AGAIN = "copy or download the whole folder again"
+Buffer = Union[bytes, memoryview]
 
 
 @dataclass(frozen=True)

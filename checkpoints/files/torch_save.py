@@ -1,4 +1,5 @@
-"""The file that torch.save writes, written a tensor at a time: first what it will hold, then the tensors in any order.
+"""The file that torch.save writes, planned before a tensor is read: each has its place, and may come in any order, from any
+process.
 
 torch.save takes all tensors of a file in memory. The file is a zip archive: `data.pkl`, the pickled content in which a
 tensor is the key of its storage, and the storages as they lie in memory, each in an entry `data/KEY` of its own.
@@ -11,16 +12,18 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from checkpoints.files.stored import contiguous, raw
+from checkpoints.files.stored import Buffer, contiguous
 
 _ALIGNED = 64  # as torch.save does, so that a mapped tensor is aligned
 _PADDING = 0x4246  # the extra field of a zip entry that fills up to there; torch.save's number
 _16_BITS, _32_BITS = 0xFFFF, 0xFFFFFFFF  # what a field of the archive holds; it says so when it cannot
+_TRAILER, _CRC_AT = 98, 14  # bytes behind the list of entries; where in its header an entry's checksum stands
 _DAY = 0x21  # 1980-01-01, so that the same content makes the same file
 _STORAGES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
@@ -35,81 +38,120 @@ class Slot:
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]):
         self.dtype, self.shape = dtype, shape
 
-
-class Behind:
-    """What comes behind the end of an open file, as a file of its own: several of torch.save's lie in one of torch_dist's."""
-
-    stem = "archive"  # torch.save's name where it writes no path
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._start = file, file.tell()
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class Writer:
-    """Writes one file that `torch.load` reads, mapped or not, from its beginning to its end."""
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the archive, uncompressed: its name, the byte at which its header begins, the size of its content.
 
-    def __init__(self, place: Path | Behind, content: Any):
-        """`content` is what torch.load is to give, a `Slot` in the place of every tensor. The folder must be there."""
-        self._root = place.stem
-        self._file: Any = open(place, "wb") if isinstance(place, Path) else place
-        self._entries: list[bytes] = []
-        pickled = _Pickled(content)
-        self._keys = pickled.keys
-        self._entry("data.pkl", [memoryview(pickled.data)])
-        self._entry("byteorder", [memoryview(b"little")])
+    Sizes and places from 4 GiB on stand in a field of their own (PKWARE's APPNOTE, 4.3 and 4.5.3).
+    """
 
-    def write(self, slot: Slot, *parts: torch.Tensor, crc: int | None = None) -> None:
-        """Fill one slot; each is filled once. Of several tensors the rows one after another make it up.
+    name: bytes
+    at: int
+    size: int
 
-        `crc` is the CRC-32 of their bytes, where it is known.
-        """
-        rows = [tuple(part.shape) for part in parts]
-        shape = (sum(one[0] for one in rows), *rows[0][1:]) if rows[0] else ()
-        if {part.dtype for part in parts} != {slot.dtype} or shape != tuple(slot.shape):
-            raise ValueError(f"{parts[0].dtype} {list(shape)} where {slot.dtype} {list(slot.shape)} was announced")
-        self._entry(f"data/{self._keys.pop(slot)}", [raw(part) for part in parts], crc)
+    @property
+    def start(self) -> int:
+        """The byte at which its content begins."""
+        return self.at + len(self.header(0))
 
-    def close(self) -> None:
-        """End the file; every slot must have been filled."""
-        self._entry("version", [memoryview(b"3\n")])
-        start, size = self._file.tell(), sum(map(len, self._entries))
-        self._file.write(b"".join(self._entries))
-        count, small = len(self._entries), min(len(self._entries), _16_BITS)
-        self._file.write(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start))
-        self._file.write(struct.pack("<IIQI", 0x07064B50, 0, start + size, 1))
-        self._file.write(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, small, small, min(size, _32_BITS), min(start, _32_BITS), 0))
-        if not isinstance(self._file, Behind):
-            self._file.close()
-        if self._keys:
-            raise ValueError(f"{len(self._keys)} tensors were not written")
-
-    def _entry(self, name: str, parts: list[memoryview], crc: int | None = None) -> None:
-        """One entry of the archive, uncompressed: a header, which tells the checksum of what follows, and that.
-
-        Sizes and places from 4 GiB on stand in a field of their own (PKWARE's APPNOTE, 4.3 and 4.5.3).
-        """
-        at, size, full = self._file.tell(), sum(map(len, parts)), f"{self._root}/{name}".encode()
-        if crc is None:
-            crc = 0
-            for part in parts:
-                crc = zlib.crc32(part, crc)
-        large = struct.pack("<HHQQ", 1, 16, size, size) if size >= _32_BITS else b""
-        filled = -(at + 30 + len(full) + len(large) + 4) % _ALIGNED
+    def header(self, crc: int) -> bytes:
+        """What stands before the content: `crc` is the content's CRC-32."""
+        large = struct.pack("<HHQQ", 1, 16, self.size, self.size) if self.size >= _32_BITS else b""
+        filled = -(self.at + 30 + len(self.name) + len(large) + 4) % _ALIGNED
         extra = large + struct.pack("<HH", _PADDING, filled) + bytes(filled)
-        known = struct.pack("<HHHHHIII", 45 if large else 20, 0, 0, 0, _DAY, crc, min(size, _32_BITS), min(size, _32_BITS))
-        self._file.write(struct.pack("<I", 0x04034B50) + known + struct.pack("<HH", len(full), len(extra)) + full + extra)
-        for part in parts:
-            self._file.write(part)
-        wide = ([size, size] if large else []) + ([at] if at >= _32_BITS else [])
+        return struct.pack("<I", 0x04034B50) + self._known(crc) + struct.pack("<HH", len(self.name), len(extra)) + self.name + extra
+
+    def record(self, crc: int) -> bytes:
+        """Its line in the list at the archive's end."""
+        wide = ([self.size, self.size] if self.size >= _32_BITS else []) + ([self.at] if self.at >= _32_BITS else [])
         more = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        place = struct.pack("<HHHHHII", len(full), len(more), 0, 0, 0, 0, min(at, _32_BITS))
-        self._entries.append(struct.pack("<IH", 0x02014B50, 45) + known + place + full + more)
+        place = struct.pack("<HHHHHII", len(self.name), len(more), 0, 0, 0, 0, min(self.at, _32_BITS))
+        return struct.pack("<IH", 0x02014B50, 45) + self._known(crc) + place + self.name + more
+
+    def _known(self, crc: int) -> bytes:
+        version, size = 45 if self.size >= _32_BITS else 20, min(self.size, _32_BITS)
+        return struct.pack("<HHHHHIII", version, 0, 0, 0, _DAY, crc, size, size)
+
+    def framed(self, contents: Sequence[Buffer], crc: int | None = None) -> list[Buffer]:
+        """The header and the content, which may come in several parts; `crc` where it is known.
+
+        Raises:
+            ValueError: it is of another size.
+        """
+        if (size := sum(len(content) for content in contents)) != self.size:
+            raise ValueError(f"{self.name.decode()}: {size} bytes where {self.size} were announced")
+        return [self.header(_crc(contents) if crc is None else crc), *contents]
+
+
+def _crc(contents: Sequence[Buffer]) -> int:
+    crc = 0
+    for content in contents:
+        crc = zlib.crc32(content, crc)
+    return crc
+
+
+class Archive:
+    """A file that `torch.load` reads, mapped or not: where everything goes in it is known before a tensor is.
+
+    Attributes:
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, stem: str, content: Any):
+        """`content` is what torch.load is to give, a `Slot` in the place of every tensor; `stem` the file's name without its
+        suffix, `archive` where there is none."""
+        self._stem, self._end = stem, 0
+        self._entries: list[Entry] = []
+        self._fixed: dict[Entry, bytes] = {}
+        pickled = _Pickled(content)
+        self._add("data.pkl", pickled.data)
+        self._add("byteorder", b"little")
+        self._slots = {slot: self._entry(f"data/{key}", slot.nbytes) for slot, key in pickled.keys.items()}
+        self._add("version", b"3\n")
+        self.size = self._end + sum(len(entry.record(0)) for entry in self._entries) + _TRAILER
+
+    def _add(self, name: str, content: bytes) -> None:
+        self._fixed[self._entry(name, len(content))] = content
+
+    def _entry(self, name: str, size: int) -> Entry:
+        entry = Entry(f"{self._stem}/{name}".encode(), self._end, size)
+        self._entries.append(entry)
+        self._end += len(entry.header(0)) + size
+        return entry
+
+    def entry(self, slot: Slot) -> Entry:
+        """Where a tensor goes."""
+        return self._slots[slot]
+
+    def fixed(self) -> Iterator[tuple[int, bytes]]:
+        """What is no tensor, but for the end: its place, its bytes."""
+        for entry, content in self._fixed.items():
+            yield entry.at, b"".join(entry.framed([content]))
+
+    def end(self, crcs: Mapping[Entry, int]) -> tuple[int, bytes]:
+        """The archive's end, which lists all entries: its place, its bytes. `crcs` are the CRC-32 of the tensors' entries."""
+        known = {**crcs, **{entry: zlib.crc32(content) for entry, content in self._fixed.items()}}
+        listed = b"".join(entry.record(known[entry]) for entry in self._entries)
+        start, size, count = self._end, len(listed), len(self._entries)
+        small = min(count, _16_BITS)
+        listed += struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
+        listed += struct.pack("<IIQI", 0x07064B50, 0, start + size, 1)
+        return start, listed + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, small, small, min(size, _32_BITS), min(start, _32_BITS), 0)
+
+    def end_of(self, read: Callable[[int, int], bytes]) -> tuple[int, bytes]:
+        """`end`, with the checksums that the tensors' headers have: `read` gives bytes of the file, by place and size."""
+        return self.end({entry: int.from_bytes(read(entry.at + _CRC_AT, 4), "little") for entry in self._slots.values()})
+
+    def whole(self, contents: Sequence[Buffer]) -> list[Buffer]:
+        """All of a file that holds one tensor, whose content this is."""
+        (entry,), crc = self._slots.values(), _crc(contents)
+        framed = {at: [content] for at, content in self.fixed()} | {entry.at: entry.framed(contents, crc)}
+        return [*(part for at in sorted(framed) for part in framed[at]), self.end({entry: crc})[1]]
 
 
 class _Storage:

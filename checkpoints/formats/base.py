@@ -11,18 +11,23 @@ refuses what is missing, left over or of another shape before a byte is written.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from checkpoints.files.placed import Place, Placed
+from checkpoints.files.stored import Buffer, raw
 from checkpoints.folder import CheckpointError
 from checkpoints.models import gpt
 from checkpoints.models.layout import SAME, Foreign
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
+from checkpoints.optimizer import TrainingState, with_states
 
 _SHOWN = 8  # names in a message, of thousands there may be
 
@@ -50,6 +55,7 @@ class Source:
             optimizer's.
         training: the settings that it was trained with, where the format has them, under Megatron-LM's names.
         companions: small files that belong to the model and not to the weights: the tokenizer's and Hugging Face's.
+        folders: all that is read of: its own, and those of weights that it builds on.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Source:
         layout: str = "",
         training: Mapping[str, Any] | None = None,
         companions: Sequence[Path] = (),
+        state: TrainingState | None = None,
     ):
         """`found` are all the tensors there are by the format's names, those of `left_out` among them or not. With `padded`
         a vocabulary may have more rows than the model has ids.
@@ -73,7 +80,8 @@ class Source:
             CheckpointError: tensors are missing, left over, or of another shape; every one is named.
         """
         self.format, self.path, self.model, self.layout = format, path, model, layout
-        self.left_out, self.training, self.companions = dict(left_out), training or {}, tuple(companions)
+        self.folders = [path]
+        self.left_out, self.training, self.companions, self.state = dict(left_out), training or {}, tuple(companions), state
         self._table, self._found = {foreign.tensor.name: foreign for foreign in table}, found
         self._check(padded)
 
@@ -92,12 +100,15 @@ class Source:
         told = [("missing: ", missing), ("not known: ", more), ("", wrong)]
         if any(names for _, names in told):
             lines = [f"    {what}{_listed(names)}" for what, names in told if names]
-            raise CheckpointError(f"{self.path} does not hold the tensors of {self.model}\n" + "\n".join(lines))
+            raise CheckpointError(
+                f"{self.path} does not hold the tensors of {self.model}\n" + "\n".join(lines),
+                "copy or download the whole folder again; if it is whole, what says the model (config.json, args, a recipe) is another one's",
+            )
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the model."""
-        return gpt.tensors(self.model)
+        """Every tensor of the model, and with `state` the optimizer's of each behind it."""
+        return gpt.tensors(self.model) if self.state is None else [one.tensor for one in self._table.values()]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor: of one that lies in several, the type that holds the numbers of all."""
@@ -120,21 +131,56 @@ def by_own_names(model: Model) -> list[Foreign]:
     return [Foreign(tensor, (tensor.name,), SAME) for tensor in gpt.tensors(model)]
 
 
-class Target(ABC):
-    """A checkpoint that is being written into a folder, which nobody takes for a whole one before it has its name."""
+@dataclass(frozen=True)
+class Piece:
+    """Something of a tensor that goes to a place.
 
-    def __init__(self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype]):
-        """`dtypes`: of every tensor, by its name."""
+    Attributes:
+        parts: whose bytes, in C order, one after another.
+        around: the bytes to write, of the parts' own.
+    """
+
+    place: Place
+    parts: Sequence[torch.Tensor]
+    around: Callable[[list[memoryview]], Sequence[Buffer]] = list
+
+
+class Target(ABC):
+    """A checkpoint that is being written into a folder, which nobody takes for a whole one before it has its name.
+
+    What each file holds, and where, is settled before anything is written: tensors may come in any order, from any process.
+    """
+
+    state: TrainingState | None = None  # where the training stands, where its optimizer's tensors are written too
+
+    def __init__(self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], sizes: Mapping[str, int]):
+        """`dtypes`: of every tensor, by its name. `sizes`: of every file that holds tensors, in bytes, by its name in `folder`."""
         self.folder, self.model, self.dtypes = folder, model, dtypes
+        self.files = Placed(folder, sizes)
+        self._side_by_side = ThreadPoolExecutor(2)
 
     def order(self) -> list[Tensor]:
-        """Every tensor of the model, in the order in which they are to come."""
-        return gpt.tensors(self.model)
+        """Every tensor of the model, in the order in which they are to come, and with `state` the optimizer's of each behind it."""
+        return gpt.tensors(self.model) if self.state is None else [one.tensor for one in with_states(by_own_names(self.model))]
 
-    @abstractmethod
     def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
         """Write one: of its dtype in `dtypes`, without padding."""
+        self.files.relax()
+        # Side by side: checksums and the system's writing let go of Python's lock.
+        list(self._side_by_side.map(self._write, self.pieces(tensor, whole)))
+
+    def _write(self, piece: Piece) -> None:
+        self.files.write(piece.place, piece.around([raw(part) for part in piece.parts]))
 
     @abstractmethod
+    def pieces(self, tensor: Tensor, whole: torch.Tensor) -> Iterable[Piece]:
+        """What goes where of one: views where that can be, so that nothing is in memory twice."""
+
     def finish(self) -> None:
-        """Write what comes last; every tensor has been put."""
+        """Write all that is no tensor; every tensor has been put."""
+        self.complete()
+        self.files.close()
+
+    @abstractmethod
+    def complete(self) -> None:
+        """What `finish` writes."""

@@ -9,7 +9,7 @@ In all of them layers are counted from 0 on each stage; a tied head is a copy of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,25 @@ def unfused(name: str) -> str:
     return name
 
 
+_REGISTERED = (  # within a layer; of what is named by none of these, what comes first in the model's order
+    "input_layernorm.", "self_attention.linear_proj.", "self_attention.filter.", "self_attention.linear_qkv.layer_norm_", "self_attention.",
+    "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.",
+)  # fmt: skip
+
+
+def registered(names: Iterable[str]) -> list[str]:
+    """Names of weights, which are in the order of `gpt.tensors`, in the order in which megatron-core's modules, or Transformer
+    Engine's, register their parameters: its optimizer knows these by their numbers alone."""
+
+    def place(name: str) -> tuple[int, int, int]:
+        words = name.split(".", 3)
+        if words[:2] != ["decoder", "layers"]:
+            return (0 if name.startswith("embedding.") else 2, 0, 0)
+        return (1, int(words[2]), next(number for number, begin in enumerate(_REGISTERED) if words[3].startswith(begin)))
+
+    return sorted(names, key=place)
+
+
 def _extra_states(model: Model, layers: int, last: bool) -> dict[str, None]:
     """megatron-core's linear layers ask for a state besides their weights, which is nothing without FP8."""
     modules = sorted({one.within.rsplit(".", 1)[0] for one in gpt.tensors(model) if one.layer is not None and "linear_" in one.within})
@@ -124,9 +143,12 @@ def pai(release: str = "v0.6") -> Dialect:
 
     def foreign(model: Model) -> list[Foreign]:
         if model.family == "yuan2" or model.use_rope_scaling:
-            raise CheckpointError(f"Megatron-LM's models before megatron-core have no {'filter' if model.family == 'yuan2' else 'scaling of RoPE'}")
+            raise CheckpointError(
+                f"Megatron-LM's models before megatron-core have no {'filter' if model.family == 'yuan2' else 'scaling of RoPE'}",
+                "--to torch or torch_dist, which have it",
+            )
         if old and (model.family != "llama" or model.add_bias_linear):
-            raise CheckpointError(f"Pai's v0.5 is for Llama without biases, and this is {model}")
+            raise CheckpointError(f"Pai's v0.5 is for Llama without biases, and this is {model}", "--pai-release v0.6")
         return legacy.foreign(model, old, old and model.num_query_groups != model.num_attention_heads)
 
     file, beside = ("model_rng.pt", _frequencies) if old else ("model_optim_rng.pt", Dialect.beside)

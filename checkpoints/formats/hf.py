@@ -5,77 +5,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from checkpoints.files import pickled, safetensors
+from checkpoints.files.placed import Place
 from checkpoints.files.stored import NAMES, Stored, inside
 from checkpoints.folder import CheckpointError
-from checkpoints.formats.base import Readable, Source, Target
-from checkpoints.models import gpt2, llama, yuan2
+from checkpoints.formats.base import Piece, Readable, Source, Target
 from checkpoints.models.layout import Foreign
-from checkpoints.models.model import FREE, Model
+from checkpoints.models.model import Model
+from checkpoints.models.published import FAMILIES, companions, foreign, model_of, read_config
 from checkpoints.models.tensor import Tensor
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "yuan": yuan2}  # by config.json's model_type
-_OF_FAMILY = {"gpt2": gpt2, "llama": llama, "yuan2": yuan2}
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 _SHARD_BYTES = 5_000_000_000  # as `transformers` has long cut its files
-# Files that are carried along. The weights' are not, nor what is of no use without them.
-TOKENIZER_FILES = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
-)  # fmt: skip
-MODEL_FILES = ("config.json", "generation_config.json", "configuration_*.py", "*_hf_model.py", "modeling_*.py")
-
-
-# ---- config.json -----------------------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder.
-
-    Raises:
-        CheckpointError: it is not there, or no JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no object")
-    return config
-
-
-def model_of(config: Mapping[str, Any], where: str) -> Model:
-    """The model that a config.json describes.
-
-    Raises:
-        CheckpointError: its family or a value is none that the engine has.
-    """
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise CheckpointError(f"{where}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
-    return FAMILIES[kind].from_config(config, where)
-
-
-def config_for(model: Model, base: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
-    """The config.json of a model: `base`, the one that came with the weights, where it describes this model.
-
-    Raises:
-        CheckpointError: `base` (of `where`) describes another model; the differences are named.
-    """
-    if base is None:
-        return _OF_FAMILY[model.family].to_config(model)
-    theirs, mine = vars(model_of(base, where)), vars(model)
-    if others := [f"{key} {theirs[key]} there, {mine[key]} here" for key in mine if key not in FREE and theirs[key] != mine[key]]:
-        raise CheckpointError(f"{where} describes another model: {', '.join(others)}")
-    return dict(base)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -118,16 +66,11 @@ def open_source(folder: Path) -> Source:
     return Source("hf", folder, model, table, found, left_out, training={}, companions=companions(folder))
 
 
-def companions(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that belong to a model besides its weights."""
-    return sorted({path for pattern in (*TOKENIZER_FILES, *MODEL_FILES) for path in folder.glob(pattern) if path.is_file()})
-
-
 def _tied_copy(folder: Path, found: Mapping[str, Readable], embedding: str) -> str:
     if embedding not in found or found[_HEAD].shape != found[embedding].shape or not torch.equal(found[_HEAD].read(), found[embedding].read()):
         raise CheckpointError(
             f"{folder}: config.json says that {_HEAD} is the embedding (tie_word_embeddings), and {_HEAD} and {embedding} differ;"
-            " set tie_word_embeddings to false there if the two are meant"
+            " set tie_word_embeddings to false there if the two are meant", "set tie_word_embeddings to false in config.json if the two are meant"
         )
     return f"a copy of {embedding}, which it is tied to"
 
@@ -153,7 +96,10 @@ def _tensors(folder: Path) -> tuple[dict[str, Readable], list[str]]:
         if single.is_file():
             return dict(read(single)), []
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-    raise CheckpointError(f"{folder} has no model.safetensors, pytorch_model.bin or index of several (there: {there})")
+    raise CheckpointError(
+        f"{folder} has no model.safetensors, pytorch_model.bin or index of several (there: {there})",
+        "download the weights too, or give the folder that holds them",
+    )
 
 
 def _indexed(folder: Path, index: Path, read: Any) -> tuple[dict[str, Readable], list[str]]:
@@ -167,7 +113,7 @@ def _indexed(folder: Path, index: Path, read: Any) -> tuple[dict[str, Readable],
     for file, header in headers.items():
         for name, stored in header.items():
             if name in found:
-                raise CheckpointError(f"{name} is in two files of {folder}: {file} and another")
+                raise CheckpointError(f"{name} is in two files of {folder}: {file} and another", "download the folder again")
             found[name] = stored
     if missing := [name for name, file in places.items() if name not in headers[file]]:
         raise CheckpointError(f"{index} names tensors that are not in their files: {', '.join(missing[:8])}", "download the folder again")
@@ -177,7 +123,7 @@ def _indexed(folder: Path, index: Path, read: Any) -> tuple[dict[str, Readable],
 def _read_bin(path: Path) -> dict[str, Readable]:
     content = pickled.read(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no names with tensors")
+        raise CheckpointError(f"{path} holds no names with tensors", "save a state_dict: tensors by their names")
     found: dict[str, Readable] = {}
     for name, value in content.items():
         if isinstance(value, Stored):
@@ -185,7 +131,7 @@ def _read_bin(path: Path) -> dict[str, Readable]:
         elif isinstance(value, torch.Tensor):
             found[name] = InMemory(value)
         else:
-            raise CheckpointError(f"{path}: {name} is no tensor")
+            raise CheckpointError(f"{path}: {name} is no tensor", "save a state_dict: tensors by their names")
     return found
 
 
@@ -201,48 +147,25 @@ class HuggingFace(Target):
     def __init__(
         self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any], beside: Mapping[str, Path] | None = None
     ):
-        super().__init__(folder, model, dtypes)
         self._config, self._beside = dict(config), beside or {}
-        self._table: dict[str, Foreign] = {one.tensor.name: one for one in _OF_FAMILY[model.family].foreign(model)}
-        self._shards = self._plan()
-        self._files = {name: file for file, entries in self._shards.items() for name, _, _ in entries}
-        self._open: tuple[str, safetensors.Writer] | None = None
+        self._table: dict[str, Foreign] = {one.tensor.name: one for one in foreign(model)}
+        shards = _shards(self._table.values(), dtypes)
+        self._planned = {file: safetensors.Planned(entries) for file, entries in shards.items()}
+        self._file_of = {name: file for file, entries in shards.items() for name, _, _ in entries}
+        super().__init__(folder, model, dtypes, {file: planned.size for file, planned in self._planned.items()})
 
-    def _plan(self) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]:
-        """What goes into which file: in the model's order, a new file where the next tensor would be too much."""
-        shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
-        size = 0
-        for tensor in self.order():
-            for name, shape in self._table[tensor.name].shapes().items():
-                nbytes = torch.Size(shape).numel() * self.dtypes[tensor.name].itemsize
-                if shards[-1] and size + nbytes > _SHARD_BYTES:
-                    shards.append([])
-                    size = 0
-                shards[-1].append((name, self.dtypes[tensor.name], shape))
-                size += nbytes
-        if len(shards) == 1:
-            return {"model.safetensors": shards[0]}
-        return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    def pieces(self, tensor: Tensor, whole: torch.Tensor) -> Iterator[Piece]:
+        one = self._table[tensor.name]
+        for name, piece in zip(one.names, one.layout.split(whole), strict=True):
+            file = self._file_of[name]
+            yield Piece(Place(file, self._planned[file].place(name, piece.nbytes)), [piece])
 
-    def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
-        foreign = self._table[tensor.name]
-        for name, piece in zip(foreign.names, foreign.layout.split(whole), strict=True):
-            file = self._files[name]
-            if self._open is None or self._open[0] != file:
-                self._close()
-                self._open = file, safetensors.Writer(self.folder / file, self._shards[file])
-            self._open[1].write(name, piece)
-
-    def _close(self) -> None:
-        if self._open:
-            self._open[1].close()
-
-    def finish(self) -> None:
-        self._close()
-        if len(self._shards) > 1:
-            sizes = [torch.Size(shape).numel() * dtype.itemsize for entries in self._shards.values() for _, dtype, shape in entries]
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": self._files}
-            write_json(self.folder / "model.safetensors.index.json", index)
+    def complete(self) -> None:
+        for file, planned in self._planned.items():
+            self.files.write(Place(file, 0), [planned.header])
+        if len(self._planned) > 1:
+            total = sum(planned.size - len(planned.header) for planned in self._planned.values())
+            write_json(self.folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": self._file_of})
         for name, path in self._beside.items():
             shutil.copy2(path, self.folder / name)
         dtypes = {NAMES.get(dtype, str(dtype)) for dtype in self.dtypes.values()}
@@ -250,6 +173,24 @@ class HuggingFace(Target):
             key = "dtype" if "dtype" in self._config else "torch_dtype"  # transformers 5 reads both, 4 the latter
             self._config[key] = re.sub(r"^torch\.", "", str(next(iter(self.dtypes.values()))))
         write_json(self.folder / "config.json", self._config)
+
+
+def _shards(table: Iterable[Foreign], dtypes: Mapping[str, torch.dtype]) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    """What goes into which file: in the model's order, a new file where the next tensor would be too much."""
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    size = 0
+    for one in table:
+        dtype = dtypes[one.tensor.name]
+        for name, shape in one.shapes().items():
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            if shards[-1] and size + nbytes > _SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append((name, dtype, shape))
+            size += nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
 def write_json(path: Path, value: Any) -> None:

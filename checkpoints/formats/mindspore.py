@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from checkpoints.files import mindspore as file
+from checkpoints.files.placed import Place
+from checkpoints.files.stored import Buffer
 from checkpoints.folder import MANIFEST, CheckpointError, UnsaidError, manifest
-from checkpoints.formats.base import Readable, Source, Target
-from checkpoints.formats.hf import TOKENIZER_FILES, model_of, read_config, write_json
+from checkpoints.formats.base import Piece, Readable, Source, Target
+from checkpoints.formats.hf import write_json
 from checkpoints.formats.rank_files import Shares, same
-from checkpoints.models import mindformers
+from checkpoints.models import gpt, mindformers
 from checkpoints.models.mindformers import Cut, Fused
 from checkpoints.models.model import Model
+from checkpoints.models.published import TOKENIZER_FILES, model_of, read_config
 from checkpoints.models.tensor import Tensor
 from checkpoints.recognise import mindspore_ranks
 
@@ -57,11 +61,12 @@ class _Copied:
             if not same(self.shares.shares[number % width], copy):
                 rank, other = self.first + width + number, self.first + number % width
                 what = f"rank_{rank} should hold a data-parallel copy of rank_{other}'s, and holds something else"
-                raise CheckpointError(f"{self.shares.tensor.name}: {what}")
+                raise CheckpointError(f"{self.shares.tensor.name}: {what}", _RANKS)
         return self.shares.read()
 
 
 _TABLE, _WO = "model.tok_embeddings.embedding_weight", "attention.wo."
+_RANKS = "copy all ranks of one checkpoint, and no others, into one folder"
 _TABLES = (_TABLE, "lm_head.weight")
 
 
@@ -131,7 +136,10 @@ def zeros_alone(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
         for name, one in rank.items():
             if name.endswith(mindformers.ZERO_POINT) and one.read().any():
-                raise CheckpointError(f"{name} has zero points other than 0: only symmetric weights can be read")
+                raise CheckpointError(
+                    f"{name} has zero points other than 0: only symmetric weights can be read",
+                    "quantize the weights anew from the original ones: --quantize int8",
+                )
 
 
 def _stages(ranks: list[dict[str, Readable]]) -> list[list[dict[str, Readable]]]:
@@ -143,7 +151,10 @@ def _stages(ranks: list[dict[str, Readable]]) -> list[list[dict[str, Readable]]]
         else:
             stages.append([rank])
     if any(len(stage) != len(stages[0]) for stage in stages):
-        raise CheckpointError(f"the ranks' tensors are not those of pipeline stages: {', '.join(str(len(stage)) for stage in stages)} ranks hold the same")
+        raise CheckpointError(
+            f"the ranks' tensors are not those of pipeline stages: {', '.join(str(len(stage)) for stage in stages)} ranks hold the same",
+            _RANKS,
+        )
     return stages
 
 
@@ -152,7 +163,10 @@ def _width(stage: Sequence[Rank], model: Model) -> int:
     columns = next((one.shape[1] for name, one in stage[0].items() if _WO in name and len(one.shape) == 2), 0)
     whole = model.num_attention_heads * model.kv_channels
     if not columns or whole % columns or len(stage) % (whole // columns):
-        raise CheckpointError(f"a rank has {columns} of the {whole} columns of attention.wo, and {len(stage)} ranks cannot hold the model so")
+        raise CheckpointError(
+            f"a rank has {columns} of the {whole} columns of attention.wo, and {len(stage)} ranks cannot hold the model so",
+            f"{_RANKS}; if they are, another config.json: --hf-config",
+        )
     return whole // columns
 
 
@@ -161,7 +175,7 @@ def _kind(folder: Path, names: set[str], fused_name: str, fused: Fused | None) -
         return "separate"
     if fused not in ("concat", "grouped"):
         what = "does not say how its rows lie: --source-fused-layout concat (MindFormers to 1.3) or grouped (from 1.5)"
-        raise UnsaidError(f"{folder} has {fused_name}, which {what}")
+        raise UnsaidError(f"{folder} has {fused_name}, which {what}", "--source-fused-layout concat or grouped")
     return fused
 
 
@@ -179,7 +193,7 @@ def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict
 def _model(folder: Path, hf_config: Path | None) -> Model:
     if hf_config is None and not (folder / "config.json").is_file():
         what = "says the shapes of its tensors, and not what the model is: --hf-config DIR with its config.json, or a recipe with it"
-        raise UnsaidError(f"{folder} {what}")
+        raise UnsaidError(f"{folder} {what}", "--hf-config FOLDER, with its config.json")
     place = hf_config or folder
     return model_of(read_config(place), str(place / "config.json"))
 
@@ -191,14 +205,20 @@ def agree_layout(folder: Path, fused: str) -> None:
         CheckpointError: it does.
     """
     if (own := _own_layout(folder) or fused) != fused:
-        raise CheckpointError(f"{folder / MANIFEST} says that fused matrices lie as {own}, and --source-fused-layout says {fused}: leave it away")
+        raise CheckpointError(
+            f"{folder / MANIFEST} says that fused matrices lie as {own}, and --source-fused-layout says {fused}",
+            "leave out --source-fused-layout",
+        )
 
 
 def _own_layout(folder: Path) -> Fused | None:
     found = manifest(folder)
     own = found.get("fused_layout")
     if found and own not in get_args(Fused):
-        raise CheckpointError(f"{folder / MANIFEST}: fused_layout is {own!r}, and {', '.join(get_args(Fused))} are known")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: fused_layout is {own!r}, and {', '.join(get_args(Fused))} are known",
+            f"move {MANIFEST} elsewhere, and give --source-fused-layout",
+        )
     return own
 
 
@@ -212,24 +232,37 @@ class MindSpore(Target):
         self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], ranks: int, fused: Fused,
         config: Mapping[str, Any], beside: Mapping[str, Path],
     ):  # fmt: skip
-        super().__init__(folder, model, dtypes)
-        self._table = {one.tensor.name: (one, axis) for one, axis in mindformers.foreign(model, Cut(ranks, fused, fused))}
-        self._config, self._beside = config, beside
-        self._files = []
-        for rank in range(ranks):
-            (folder / f"rank_{rank}").mkdir()
-            self._files.append(file.Writer(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"))
+        table = {one.tensor.name: (one, axis) for one, axis in mindformers.foreign(model, Cut(ranks, fused, fused))}
+        self._table, self._ranks, self._config, self._beside = table, ranks, config, beside
+        self._places: dict[str, int] = {}
+        size = 0
+        for tensor in gpt.tensors(model):  # every rank's file has the same tensors, of the same shapes
+            foreign, axis = table[tensor.name]
+            for name, shape in foreign.shapes().items():
+                self._places[name] = size
+                share = tuple(length // (ranks if number == axis else 1) for number, length in enumerate(shape))
+                size += sum(len(head) + stop - start for head, start, stop in file.slices(name, dtypes[tensor.name], share))
+        super().__init__(folder, model, dtypes, {_file(rank): size for rank in range(ranks)})
 
-    def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
+    def pieces(self, tensor: Tensor, whole: torch.Tensor) -> Iterator[Piece]:
         foreign, axis = self._table[tensor.name]
         for name, piece in zip(foreign.names, foreign.layout.split(whole), strict=True):
-            shares = [piece] * len(self._files) if axis is None else piece.chunk(len(self._files), axis)
-            for writer, share in zip(self._files, shares, strict=True):
-                writer.write(name, share)
+            shares = [piece] * self._ranks if axis is None else piece.chunk(self._ranks, axis)
+            for rank, share in enumerate(shares):
+                around = partial(_whole, name, share.dtype, tuple(share.shape))
+                yield Piece(Place(_file(rank), self._places[name]), [share], around)
 
-    def finish(self) -> None:
-        for writer in self._files:
-            writer.close()
+    def complete(self) -> None:
+        for rank in range(self._ranks):
+            file.end(self.folder / _file(rank))
         for name, path in self._beside.items():
             shutil.copy2(path, self.folder / name)
         write_json(self.folder / "config.json", self._config)
+
+
+def _file(rank: int) -> str:
+    return f"rank_{rank}/checkpoint_{rank}.ckpt"
+
+
+def _whole(name: str, dtype: torch.dtype, shape: tuple[int, ...], contents: list[memoryview]) -> list[Buffer]:
+    return file.whole(name, dtype, shape, contents[0])

@@ -17,8 +17,8 @@ import io
 import json
 import pickle
 from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,17 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from checkpoints.files import pickled
+from checkpoints.files.placed import Place
 from checkpoints.files.stored import Stored, inside
-from checkpoints.files.torch_save import Behind, Slot, Writer
+from checkpoints.files.torch_save import Archive, Slot
 from checkpoints.folder import CheckpointError
-from checkpoints.formats.base import Readable, Source, Target, by_own_names
+from checkpoints.formats.base import Piece, Readable, Source, Target, by_own_names
+from checkpoints.formats.dist_states import SHARDING, common_of, key_of_state, objects_of, state_in
 from checkpoints.models import gpt
 from checkpoints.models.megatron import args_of
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor, pad
+from checkpoints.optimizer import PREFIX, TrainingState, with_states
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _FILE_BYTES, _CHUNK_BYTES = 4 << 30, 256 << 20  # a rank that loads its share reads the chunks that touch it, each whole
@@ -68,7 +71,7 @@ def key_of(tensor: Tensor, model: Model) -> str:
     within = tensor.within
     for norm, behind in moved.items():
         within = within.replace(norm, behind)
-    return f"decoder.layers.{within}"
+    return f"{tensor.state}decoder.layers.{within}"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ class Chunks:
     def _stored(path: Path, offset: int, length: int) -> torch.Tensor:
         found = pickled.read(path, offset, length)
         if not isinstance(found, Stored):
-            raise CheckpointError(f"{path} is damaged: no tensor at byte {offset:,}")
+            raise CheckpointError(f"{path} is damaged: no tensor at byte {offset:,}", _AGAIN)
         return found.read()
 
 
@@ -108,8 +111,9 @@ def settings(folder: Path) -> Namespace:
     return args if isinstance(args, Namespace) else Namespace()
 
 
-def open_source(folder: Path, model: Model) -> Source:
-    """A checkpoint folder (`iter_…`, `release`) of any tensor, pipeline and data parallelism, with or without optimizer.
+def open_source(folder: Path, model: Model, states: bool = False) -> Source:
+    """A checkpoint folder (`iter_…`, `release`) of any tensor, pipeline and data parallelism, with or without optimizer;
+    with `states` the optimizer's tensors too, and all rows of the vocabulary.
 
     Raises:
         CheckpointError: it is damaged, or does not hold this model.
@@ -117,36 +121,70 @@ def open_source(folder: Path, model: Model) -> Source:
     try:
         backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/metadata.json cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{folder}/metadata.json cannot be read: {type(error).__name__}: {error}", _AGAIN) from error
     if backend != "torch_dist":
-        raise CheckpointError(f"{folder} is in megatron-core's format {backend!r}, and torch_dist is read")
-    index = _index(folder)
+        raise CheckpointError(f"{folder} is in megatron-core's format {backend!r}, and torch_dist is read", "save it with --ckpt-format torch_dist")
+    known = _known(folder)
+    index = _tensors_of(known, folder)
+    table, state = by_own_names(model), None
+    if states:
+        table, state = with_states(by_own_names(_with_rows(model, index))), state_in(folder, _objects(known, folder))
+    halves = any(one.dtype != torch.float32 for key, one in index.items() if not key.startswith("optimizer."))
+    keys = {one.tensor.name: key_of(one.tensor, model) for one in table}
+    if state is not None:
+        keys = {one.tensor.name: key_of_state(one.tensor, keys[one.tensor.name], state.form, halves) for one in table}
     found: dict[str, Readable] = {}
-    for tensor in gpt.tensors(model):
-        key = key_of(tensor, model)
+    for tensor in (one.tensor for one in table):
+        key = keys[tensor.name]
         if key in index:
             if tensor.layer is not None and index[key].shape[:1] != (model.num_layers,):
                 layers = index[key].shape[0] if index[key].shape else "no"
                 raise CheckpointError(f"{folder}: {key} is of {layers} layers, and the model has {model.num_layers}", _LAYERS)
-            found[tensor.name] = index[key] if tensor.layer is None else _layer(index[key], tensor.layer)
+            found[tensor.name] = index[key] if tensor.layer is None else of_layer(index[key], tensor.layer)
         elif tensor.layer is not None and (apart := key.replace("layers.", f"layers.{tensor.layer}.", 1)) in index:
             found[tensor.name] = index[apart]  # layers that differ are not stacked
-    known = {key_of(tensor, model) for tensor in gpt.tensors(model)} | {tensor.name for tensor in gpt.tensors(model)}
-    left_out = {key: "the optimizer's" for key in index if key.startswith("optimizer.")}
-    more = {key: chunks for key, chunks in index.items() if key not in known and key not in left_out}
+    mine = {*keys, *keys.values()}
+    left_out = {key: "the optimizer's: weights alone are converted, unless --optimizer keep" for key in index if key.startswith("optimizer.")}
+    left_out = left_out if state is None else dict(state.left_out)
+    more = {key: chunks for key, chunks in index.items() if key not in mine and key not in left_out}
     return Source(
-        "torch_dist", folder, model, by_own_names(model), found | more, left_out, padded=True, training=vars(settings(folder)),
-        companions=sorted(path for place in ("tokenizer", "hf") for path in (folder / place).glob("*") if path.is_file()),
+        "torch_dist", folder, model, table, found | more, left_out, padded=True, training=vars(settings(folder)),
+        companions=sorted(path for place in ("tokenizer", "hf") for path in (folder / place).glob("*") if path.is_file()), state=state,
     )  # fmt: skip
 
 
-def _index(folder: Path) -> dict[str, Chunks]:
+def _with_rows(model: Model, index: Mapping[str, Chunks]) -> Model:
+    """The model with all rows of its vocabulary's tables: a training goes on with those that pad it, too."""
+    table = index.get("embedding.word_embeddings.weight")
+    return model if table is None or not table.shape else replace(model, vocab_size=table.shape[0])
+
+
+def read_index(folder: Path) -> dict[str, Chunks]:
     """Every tensor of `.metadata`, with its chunks' places."""
+    return _tensors_of(_known(folder), folder)
+
+
+def _known(folder: Path) -> Any:
     path = folder / ".metadata"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no .metadata: it was not written to its end")
+        raise CheckpointError(f"{folder} has no .metadata: it was not written to its end", _AGAIN)
     with open(path, "rb") as file:
-        known = pickled.Unpickler(file, _ALLOWED, path).read()
+        return pickled.Unpickler(file, _ALLOWED, path).read()
+
+
+def _objects(known: Any, folder: Path) -> dict[str, tuple[Path, int, int]]:
+    """The places of what is no tensor, by key: file, offset, length."""
+    tensors = known.state["state_dict_metadata"]
+    places = {index.state["fqn"]: info.state for index, info in known.state["storage_data"].items()}
+    return {
+        key: (inside(folder, info["relative_path"], folder / ".metadata"), info["offset"], info["length"])
+        for key, info in places.items()
+        if not isinstance(tensors.get(key), _Tensor)
+    }
+
+
+def _tensors_of(known: Any, folder: Path) -> dict[str, Chunks]:
+    path = folder / ".metadata"
     try:
         return _tensors(known.state, folder, path)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -168,7 +206,7 @@ def _tensors(known: Mapping[str, Any], folder: Path, path: Path) -> dict[str, Ch
             start, size = (tuple(chunk.state[name]) for name in ("offsets", "sizes"))
             info = places.get((key, start))
             if info is None or info.get("transform_descriptors"):
-                raise CheckpointError(f"{path} does not say where {key} lies, or it is packed by an extension")
+                raise CheckpointError(f"{path} does not say where {key} lies, or it is packed by an extension", _AGAIN)
             file, offset, length = (info[name] for name in ("relative_path", "offset", "length"))
             if file not in files:
                 files[file] = inside(folder, file, path)
@@ -202,7 +240,7 @@ def _whole(one: Chunks) -> bool:
     return True
 
 
-def _layer(stacked: Chunks, layer: int) -> Chunks:
+def of_layer(stacked: Chunks, layer: int) -> Chunks:
     """One layer's tensor of a stacked one."""
     chunks = tuple((start[1:], size[1:], place) for start, size, place in stacked.chunks if start[0] == layer and size[0] == 1)
     shape = stacked.shape[1:]
@@ -215,69 +253,109 @@ def _layer(stacked: Chunks, layer: int) -> Chunks:
 
 
 class TorchDist(Target):
-    """Writes the folder of one checkpoint. `padded` are the rows of the vocabulary's tables."""
+    """Writes the folder of one checkpoint. `padded` are the rows of the vocabulary's tables; `state` where its training stands."""
 
-    def __init__(self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], padded: int):
-        super().__init__(folder, model, dtypes)
-        self._padded = padded
+    def __init__(self, folder: Path, model: Model, dtypes: Mapping[str, torch.dtype], padded: int, state: TrainingState | None = None):
+        """Raises:
+        CheckpointError: a tensor of one layer has another type than those of the others, with which it is stacked.
+        """
+        self.model, self.dtypes, self._padded, self.state = model, dtypes, padded, state
         self._tensors: dict[str, Any] = {}
         self._places: dict[Any, Any] = {}
-        self._number, self._file = 0, open(folder / "__0_0.distcp", "wb")  # noqa: SIM115  closed by `finish`
+        self._chunks: dict[str, list[_Chunk]] = {}
+        self._archives: dict[tuple[torch.dtype, tuple[int, ...]], Archive] = {}
+        self._sizes = [0]
+        for tensor in self.order():
+            self._chunks[tensor.name] = self._plan(tensor)
+        self._objects = [(self._object(key, content), content) for key, content in (*self._extra_states(), *(objects_of(state) if state else ()))]
+        super().__init__(folder, model, dtypes, {_file(number): size for number, size in enumerate(self._sizes)})
 
-    def put(self, tensor: Tensor, whole: torch.Tensor) -> None:
-        key, at = key_of(tensor, self.model), () if tensor.layer is None else (tensor.layer,)
-        whole = pad(whole, self._padded) if tensor.vocabulary else whole
+    def _plan(self, tensor: Tensor) -> list[_Chunk]:
+        """Gives a tensor its place in the files, and enters it into what `.metadata` will be."""
+        key, at, dtype = key_of(tensor, self.model), () if tensor.layer is None else (tensor.layer,), self.dtypes[tensor.name]
+        if self.state is not None:
+            key = key_of_state(tensor, key, self.state.form, self._halves)
+            if tensor.state and not key.startswith(PREFIX):
+                return []  # it is the weight itself
+        shape = (self._padded, *tensor.shape[1:]) if tensor.vocabulary else tensor.shape
         if key not in self._tensors:
-            stacked = (self.model.num_layers,) * len(at) + tuple(whole.shape)
-            properties = metadata.TensorProperties(dtype=whole.dtype)
-            self._tensors[key] = metadata.TensorStorageMetadata(properties, torch.Size(stacked), [])
-        if self._tensors[key].properties.dtype != whole.dtype:
-            raise CheckpointError(f"{tensor.name} is {whole.dtype}, other layers' are {self._tensors[key].properties.dtype}: give --dtype")
-        rows = max(1, _CHUNK_BYTES * len(whole) // max(1, whole.nbytes))
-        for first in range(0, len(whole), rows):
-            piece = whole[first : first + rows]
-            offsets = torch.Size(at + (first,) + (0,) * (whole.dim() - 1))
-            sizes = torch.Size((1,) * len(at) + tuple(piece.shape))
-            self._tensors[key].chunks.append(metadata.ChunkStorageMetadata(offsets, sizes))
-            self._save(metadata.MetadataIndex(key, offsets), piece.reshape(sizes))
+            stacked = torch.Size((self.model.num_layers,) * len(at) + shape)
+            self._tensors[key] = metadata.TensorStorageMetadata(metadata.TensorProperties(dtype=dtype), stacked, [])
+        if (others := self._tensors[key].properties.dtype) != dtype:
+            raise CheckpointError(
+                f"{tensor.name} is {dtype}, other layers' are {others}, which lie in one tensor with it",
+                "--dtype bf16, fp16 or fp32",
+            )
+        rows, found = max(1, _CHUNK_BYTES * shape[0] // max(1, prod(shape) * dtype.itemsize)), []
+        for first in range(0, shape[0], rows):
+            sizes = (1,) * len(at) + (min(rows, shape[0] - first), *shape[1:])
+            offsets = torch.Size(at + (first,) + (0,) * (len(shape) - 1))
+            self._tensors[key].chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(sizes)))
+            archive = self._archives.get((dtype, sizes)) or Archive("archive", Slot(dtype, sizes))  # torch.save's name where it writes no path
+            self._archives[dtype, sizes] = archive
+            found.append(_Chunk(first, sizes, archive, self._next(metadata.MetadataIndex(key, offsets), archive.size, _ALIGNED)))
+        return found
 
-    def _save(self, index: Any, piece: torch.Tensor) -> None:
-        if self._file.tell() > _FILE_BYTES:
-            self._file.close()
-            self._number += 1
-            self._file = open(self.folder / f"__0_{self._number}.distcp", "wb")
-        self._file.write(b"\0" * (-self._file.tell() % _ALIGNED))
-        start, slot = self._file.tell(), Slot(piece.dtype, tuple(piece.shape))
-        writer = Writer(Behind(self._file), slot)
-        writer.write(slot, piece)
-        writer.close()
-        length = self._file.tell() - start
-        self._places[index] = filesystem._StorageInfo(f"__0_{self._number}.distcp", start, length)
+    def _next(self, index: Any, size: int, aligned: int) -> Place:
+        """The place of the next `size` bytes."""
+        if self._sizes[-1] > _FILE_BYTES:
+            self._sizes.append(0)
+        start = self._sizes[-1] + -self._sizes[-1] % aligned
+        self._sizes[-1] = start + size
+        place = Place(_file(len(self._sizes) - 1), start)
+        self._places[index] = filesystem._StorageInfo(place.file, start, size)
+        return place
 
-    def finish(self) -> None:
-        self._extra_states()
-        self._file.close()
+    def pieces(self, tensor: Tensor, whole: torch.Tensor) -> Iterator[Piece]:
+        whole = pad(whole, self._padded) if tensor.vocabulary else whole
+        for chunk in self._chunks[tensor.name]:
+            rows = whole[chunk.first : chunk.first + chunk.sizes[len(chunk.sizes) - whole.dim()]]
+            yield Piece(chunk.place, [rows], chunk.archive.whole)
+
+    @property
+    def _halves(self) -> bool:
+        return any(self.dtypes[tensor.name] != torch.float32 for tensor in gpt.tensors(self.model))
+
+    def complete(self) -> None:
+        for place, content in self._objects:
+            self.files.write(place, [content])
         known = metadata.Metadata(state_dict_metadata=self._tensors, storage_data=self._places)
         (self.folder / ".metadata").write_bytes(pickle.dumps(known))
         (self.folder / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
         torch.save(self._common(), self.folder / "common.pt")
 
-    def _extra_states(self) -> None:
+    def _extra_states(self) -> Iterator[tuple[str, bytes]]:
         """megatron-core's linear layers ask for a state besides their weights, which is nothing without FP8."""
         modules = {one.within.rsplit(".", 1)[0] for one in gpt.tensors(self.model) if one.layer is not None and "linear_" in one.within}
         nothing = io.BytesIO()
         torch.save([None], nothing)
         for module in sorted(modules | {"self_attention.core_attention"}):
             for layer in range(self.model.num_layers):
-                key = f"decoder.layers.{module}._extra_state/shard_{layer}_{self.model.num_layers}"
-                self._tensors[key] = metadata.BytesStorageMetadata()
-                start = self._file.tell()
-                self._file.write(nothing.getvalue())
-                info = filesystem._StorageInfo(f"__0_{self._number}.distcp", start, len(nothing.getvalue()))
-                self._places[metadata.MetadataIndex(key)] = info
+                yield f"decoder.layers.{module}._extra_state/shard_{layer}_{self.model.num_layers}", nothing.getvalue()
+
+    def _object(self, key: str, content: bytes) -> Place:
+        """The place of what is no tensor."""
+        self._tensors[key] = metadata.BytesStorageMetadata()
+        return self._next(metadata.MetadataIndex(key), len(content), 1)
 
     def _common(self) -> dict[str, Any]:
-        """What Megatron-LM looks for before it loads tensors; weights alone, so nothing of an optimizer."""
-        sharding = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
+        """What Megatron-LM looks for before it loads tensors; of weights alone nothing of an optimizer."""
+        if self.state is not None:
+            return common_of(self.state, self._halves)
         args = args_of(self.model, self._padded, self.dtypes.values())
+        sharding = {key: SHARDING[key] for key in ("distrib_optim_sharding_type", "singleton_local_shards")}
         return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": sharding}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of a tensor from `first` on, of these sizes as they lie in the stacked one, in a file of torch.save at a place."""
+
+    first: int
+    sizes: tuple[int, ...]
+    archive: Archive
+    place: Place
+
+
+def _file(number: int) -> str:
+    return f"__0_{number}.distcp"

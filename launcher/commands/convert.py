@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from checkpoints.adapters import read_note
 from checkpoints.folder import CheckpointError
-from checkpoints.recognise import Found, recognise
+from checkpoints.recognise import QUANTIZED, Found, recognise
 from launcher.commands.convert_verify import compare
 from launcher.errors import UserError
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
+from launcher.recipe.check_data import parse_shard
 from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, open_checkpoint, own_recipe, recipe_for, source_fused
 from launcher.recipe.frozen import write_frozen
-from launcher.recipe.pipeline import layers_of_stages
-from launcher.recipe.schema import Recipe
+from launcher.recipe.pipeline import stages_asked
+from launcher.recipe.schema import Recipe, Tokenizer
 
 if TYPE_CHECKING:  # it imports torch
     from checkpoints.formats.base import Source
 
-_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 _WORDS_HELP = "The checkpoint's folder and the folder to write; a recipe, and values that override its own."
 _TO_HELP = "The format to write. Default: torch_dist, which loads at any TP and PP."
 _DTYPE_HELP = "Precision of what is written: bf16, fp16 or fp32. Default: the source's."
@@ -37,8 +37,16 @@ _PAI_HELP = "pai: the release whose files to write, v0.6 (default, and later) or
 _FUSED_HELP = "MindSpore: query, key and value separate, or in one matrix: concat (MindFormers to 1.3), grouped (from 1.5)."
 _SOURCE_FUSED_HELP = "The same of the source, where it is another than the target's."
 _LAYOUT_HELP = "Explicit pipeline stages, in Megatron's notation: 'Et*3|t*3L'."
+_VIRTUAL_HELP = "torch: layers of each virtual stage, several of which every pipeline rank has (interleaving). --layout may have more stages than --pp too."
+_OPTIMIZER_HELP = (
+    "keep: the training goes along, for a run to go on at another layout or format: optimizer's state, schedule, step, data position. "
+    "plain or distributed: with the optimizer's state in that form. Default: none, weights alone."
+)
 _QUANTIZE_HELP = "int8: the layers' matrices as whole numbers with a scale for each output, for answers alone."
 _VERIFY_HELP = "Write nothing: compare two checkpoints, of any formats and layouts, tensor by tensor. Exit code 1 where they differ."
+_WORKERS_HELP = "Processes. Default: 1, which computes checksums and writes side by side."
+_SHARD_HELP = "Write the I-th of N shares of the tensors, from 0, each on a machine of its own; the last to finish ends the conversion."
+_STOPPED = 3  # the exit code of what a signal stopped, and the same command goes on with
 _VOCABULARY_HELP = "Ids of the vocabulary, for a source that says only what it was padded to."
 
 
@@ -51,6 +59,8 @@ def convert(
     pp: Annotated[Optional[int], typer.Option("--pp", help="Pipeline stages, in formats that have ranks.")] = None,
     layout: Annotated[Optional[str], typer.Option("--layout", help=_LAYOUT_HELP)] = None,
     transformer_impl: Annotated[Optional[str], typer.Option("--transformer-impl", help=_IMPL_HELP)] = None,
+    virtual: Annotated[Optional[int], typer.Option("--num-layers-per-virtual-pipeline-stage", help=_VIRTUAL_HELP)] = None,
+    optimizer: Annotated[Optional[str], typer.Option("--optimizer", help=_OPTIMIZER_HELP)] = None,
     pai_release: Annotated[Optional[str], typer.Option("--pai-release", help=_PAI_HELP)] = None,
     fused_layout: Annotated[Optional[str], typer.Option("--fused-layout", help=_FUSED_HELP)] = None,
     source_fused_layout: Annotated[Optional[str], typer.Option("--source-fused-layout", help=_SOURCE_FUSED_HELP)] = None,
@@ -58,13 +68,16 @@ def convert(
     quantize: Annotated[Optional[str], typer.Option("--quantize", help=_QUANTIZE_HELP)] = None,
     hf_config: Annotated[Optional[str], typer.Option("--hf-config", help=_HF_HELP)] = None,
     vocab_size: Annotated[Optional[int], typer.Option("--vocab-size", help=_VOCABULARY_HELP)] = None,
+    workers: Annotated[Optional[int], typer.Option("--workers", min=1, help=_WORKERS_HELP)] = None,
+    shard: Annotated[Optional[str], typer.Option("--shard", metavar="I/N", help=_SHARD_HELP)] = None,
     verify: Annotated[bool, typer.Option("--verify", help=_VERIFY_HELP)] = False,
     allow_nan: Annotated[Optional[bool], typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")] = None,
 ) -> None:
     """Write a checkpoint in another format, tensor by tensor: no model is built, no GPU is needed.
 
     SRC may be a Hugging Face folder, a run, or a checkpoint folder. DST gets its name when it is whole, read back and found
-    to hold what SRC holds; beside the weights lies conversion.json, which says what became of every tensor.
+    to hold what SRC holds; beside the weights lies conversion.json, which says what became of every tensor. A conversion that was
+    stopped goes on with what it had written when the same command is typed again.
 
     yuan convert A B --verify compares two checkpoints, whatever their formats and layouts.
     """
@@ -80,6 +93,8 @@ def convert(
         "convert.tensor_model_parallel_size": (tp, "--tp"),
         "convert.pipeline_model_parallel_size": (pp, "--pp"),
         "convert.pipeline_model_parallel_layout": (layout, "--layout"),
+        "convert.num_layers_per_virtual_pipeline_stage": (virtual, "--num-layers-per-virtual-pipeline-stage"),
+        "convert.optimizer": (optimizer, "--optimizer"),
         "convert.fused_layout": (fused_layout, "--fused-layout"),
         "convert.source_fused_layout": (source_fused_layout, "--source-fused-layout"),
         "convert.transformer_impl": (transformer_impl, "--transformer-impl"),
@@ -89,6 +104,8 @@ def convert(
         "convert.hf_config": (hf_config, "--hf-config"),
         "convert.vocab_size": (vocab_size, "--vocab-size"),
         "convert.allow_nan": (allow_nan, "--allow-nan"),
+        "convert.workers": (workers, "--workers"),
+        "convert.shard": (shard, "--shard"),
     }
     loaded = load_recipe([word for word in words or [] if "=" in word], options, default="", checked=True)
     try:
@@ -98,12 +115,24 @@ def convert(
         raise UserError(str(error), "", error.fix) from error
     except OSError as error:
         raise UserError(f"cannot read: {error}", "", "see to the disk and the rights there") from error
+    carry_out(loaded)
+
+
+def carry_out(loaded: Loaded) -> None:
+    """Check and carry out the conversion that a recipe asks for.
+
+    Raises:
+        UserError: it cannot be; nothing is at its target then.
+    """
     for warning in ensure(loaded, "convert"):
         typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
     try:
         _run(loaded)
     except CheckpointError as error:
         raise UserError(str(error), loaded.recipe.convert.source or "", error.fix) from error
+    except KeyboardInterrupt:
+        typer.echo(f"stopped    what is written is kept in {loaded.recipe.convert.target}.part; the same command goes on with it", err=True)
+        raise typer.Exit(_STOPPED) from None
     except OSError as error:
         fix = "see to the space and the rights there, and start again"
         raise UserError(f"cannot read or write: {error}", str(loaded.recipe.convert.target), fix) from error
@@ -114,40 +143,49 @@ def _run(loaded: Loaded) -> None:
     found = recognise(Path(asked.source or ""))
     base = own_recipe(found.path)
     from checkpoints import convert as conversion  # torch takes 3 s to import
-    from checkpoints.quantize import Quantized
+    from checkpoints.parallel import give_memory_back
+    from checkpoints.quantize import Dequantized, Quantized
 
-    source = open_checkpoint(loaded, found, base, source_fused(asked))
+    source = _opened(loaded, found, base)
     agree(loaded, source.model)
     tokenizer = find_tokenizer(loaded, source, base)
-    if asked.quantize:
-        source = Quantized(source)
     types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None, asked.to)
     size = conversion.nbytes(source, types)
     typer.echo(_plan(source, found, asked.to, str(asked.target), sorted({conversion.NAMES.get(t, str(t)) for t in types.values()}), size))
+    if note := read_note(found.path):
+        typer.echo(f"merged     {note}: W + alpha / rank x B A, summed in fp32")
+    if isinstance(source, Dequantized):
+        typer.echo(f"warning: {source.path} has int8 weights, which {asked.to} has not: what is written are scale x number, {source.lost}", err=True)
     if tokenizer.why:
         typer.echo(f"warning: no tokenizer goes with the weights ({tokenizer.why}): ids alone will do as text", err=True)
     wanted = conversion.Wanted(
         to=asked.to, dtype=asked.dtype, hf_config=Path(asked.hf_config) if asked.hf_config else None, config=_config(tokenizer), allow_nan=asked.allow_nan,
         tensor=asked.tensor_model_parallel_size, pipeline=asked.pipeline_model_parallel_size,
-        stages=layers_of_stages(asked.pipeline_model_parallel_layout), transformer_impl=asked.transformer_impl, pai_release=asked.pai_release,
+        stages=stages_asked(asked, source.model.num_layers), optimizer=asked.optimizer, transformer_impl=asked.transformer_impl, pai_release=asked.pai_release,
         fused_layout=asked.fused_layout,
     )  # fmt: skip
     precision = next(iter(types.values()))
 
     def carry(weights: Path) -> None:
         if asked.to in ("torch_dist", "torch"):
-            rows = conversion.rows(source.model, wanted)
+            rows = conversion.rows(source, wanted)
             recipe = recipe_for(loaded, source, base, tokenizer.settings, conversion.NAMES[precision], rows)
             _carry(recipe, source, tokenizer, weights)
         else:
             _copy(tokenizer.files, weights if asked.to in conversion.BARE else weights.parent)
+            _carry_template(asked.to, tokenizer.settings, weights)
 
-    _give_memory_back()
+    give_memory_back()
     zeroed: dict[str, int] = {}
     started = time.monotonic()
     with _Meter(2 * size) as meter:
-        conversion.convert(source, Path(asked.target or ""), wanted, carry, meter.show, zeroed.__setitem__)
+        sums = conversion.convert(
+            source, Path(asked.target or ""), wanted, carry, meter.show, zeroed.__setitem__,
+            workers=asked.workers, shard=parse_shard(asked.shard), reopen=partial(_opened, loaded, found, base), tell=meter.tell,
+        )  # fmt: skip
     seconds = time.monotonic() - started
+    if sums is None:
+        return
     if zeroed:
         what = f"{sum(zeroed.values()):,} numbers in {len(zeroed):,} tensors, such as {next(iter(zeroed))}, are too small for {asked.dtype}, and became 0"
         typer.echo(f"warning: {what}", err=True)
@@ -156,22 +194,32 @@ def _run(loaded: Loaded) -> None:
     if isinstance(source, Quantized):
         typer.echo(_errors(source.errors))
     typer.echo(f"done       {len(source.tensors)} tensors, {size / 1e6:,.1f} MB in {seconds:.1f} s, read back and found equal")
-    typer.echo(f"next       {_next(asked.to, str(asked.target))}")
+    typer.echo(f"next       {_next(asked.to, str(asked.target), source.state is not None)}")
 
 
-def _give_memory_back() -> None:
-    """Have glibc return what is freed to the system. By itself it keeps blocks below a threshold that grows with them, up to
-    32 MB: tensors of 46 MB cut for 4 ranks took 0.9 GB of memory instead of 0.5."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+def _opened(loaded: Loaded, found: Found, base: Recipe | None) -> Source:
+    """The source, quantized or not as the target is to be."""
+    from checkpoints.quantize import Dequantized, Quantized
+    from checkpoints.wanted import DTYPES
+
+    asked = loaded.recipe.convert
+    source = open_checkpoint(loaded, found, base, source_fused(asked), asked.optimizer != "none")
+    if asked.quantize:
+        return Quantized(source)
+    if source.model.quantize and asked.to not in QUANTIZED:
+        return Dequantized(source, DTYPES[asked.dtype] if asked.dtype else None)
+    return source
 
 
 def _plan(source: Source, found: Found, to: str, target: str, precisions: list[str], size: int) -> str:
     ranks = f", {source.layout or f'TP {found.tensor}'}" if found.tensor * found.pipeline > 1 else ""
+    state = source.state
+    going = f"training   step {state.iteration:,}, the optimizer's state {state.form}" if state else ""
     return "\n".join(
         [
             f"source     {source.path}: {source.format}{ranks}",
             f"model      {source.model}",
+            *([going] if going else []),
             f"target     {target}: {to}, {' and '.join(precisions)}, {size / 1e6:,.1f} MB",
         ]
     )
@@ -194,7 +242,7 @@ def _copy(files: tuple[Path, ...], folder: Path) -> None:
 
 def _carry(recipe: Recipe, source: Source, tokenizer: TokenizerFound, weights: Path) -> None:
     """Put beside torch_dist's weights what training and answering need, and what a way back to Hugging Face needs."""
-    from checkpoints.formats.hf import MODEL_FILES
+    from checkpoints.models.published import MODEL_FILES
 
     of_model = tuple(path for path in source.companions if any(path.match(pattern) for pattern in MODEL_FILES))
     _copy(tokenizer.files, weights / "tokenizer")
@@ -202,6 +250,18 @@ def _carry(recipe: Recipe, source: Source, tokenizer: TokenizerFound, weights: P
     if of_model:
         _copy(of_model, weights / "hf")
     write_frozen(recipe, weights / "recipe.yaml")
+
+
+def _carry_template(to: str, settings: Tokenizer, folder: Path) -> None:
+    """Have the model asked at Hugging Face as it was trained: a template of ours goes along as a Jinja text. The tokenizer's own
+    is among its files."""
+    if to != "hf" or settings.chat_template in (None, "tokenizer"):
+        return
+    from data_tools.jinja_texts import write_template
+    from launcher.recipe.tokenizer import tokenizer_of
+
+    if why := write_template(folder, settings.chat_template, tokenizer_of(settings)):
+        typer.echo(f"warning: the chat template {settings.chat_template} does not go along: {why}", err=True)
 
 
 def _errors(errors: dict[str, float]) -> str:
@@ -222,13 +282,15 @@ def _grouped(left_out: dict[str, str]) -> dict[str, str]:
     return {all_[0] if len(all_) == 1 else f"{len(all_)} tensors, such as {all_[0]}": why for why, all_ in names.items()}
 
 
-def _next(to: str, target: str) -> str:
+def _next(to: str, target: str, training: bool) -> str:
     if to == "hf":
         return f'AutoModelForCausalLM.from_pretrained("{target}")'
     if to == "mindspore":
         return f"yuan inspect {target}; MindFormers: load_checkpoint: {target}, auto_trans_ckpt: False"
     if to in ("yuan", "pai"):
         return f"yuan inspect {target}"
+    if training:
+        return f"yuan pretrain recipe=... checkpoint.load={target}, at {'any layout' if to == 'torch_dist' else 'its layout'}"
     return f"yuan generate --load {target} --input pred_input.jsonl"
 
 
@@ -242,20 +304,27 @@ class _Meter:
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task("writing", total=total)
-        self._done, self._total = 0, total
+        self._done, self._kept, self._total = 0, 0, total
         self._started = self._shown = time.monotonic()
 
     def show(self, what: str, count: int) -> None:
-        """`count` more bytes are written, or checked."""
+        """`count` more bytes are written, or checked; or were kept, before it began."""
         self._done += count
+        if what == "kept":
+            self._kept += count
         self._bar.update(self._task, completed=self._done, description=what)
         now = time.monotonic()
-        if not self._bar.console.is_terminal and now - self._shown > 10:
+        if not self._bar.console.is_terminal and now - self._shown > 10 and self._done > self._kept:
             self._shown = now
-            rate = self._done / (now - self._started)
+            rate = (self._done - self._kept) / (now - self._started)
             left = (self._total - self._done) / rate
             text = f"{what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, {left:.0f} s left"
             print(text, file=sys.stderr, flush=True)
+
+    def tell(self, what: str, text: str) -> None:
+        """A line above the bar."""
+        line = f"{what:<10} {text}"
+        self._bar.console.print(line) if self._bar.console.is_terminal else typer.echo(line)
 
     def __enter__(self) -> _Meter:
         if self._bar.console.is_terminal:

@@ -42,7 +42,8 @@ def inspect(
         raise UserError(f"one folder is wanted, and {len(places)} given", "command line", "yuan inspect CKPT")
     path = Path(places[0])
     if not path.is_dir():
-        raise UserError(f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder", "", "")
+        what = f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder"
+        raise UserError(what, "command line", "give the folder of a checkpoint, or of a run")
     options: dict[str, tuple[object, str]] = {
         "convert.source": (places[0], "command line"), "convert.hf_config": (hf_config, "--hf-config"),
         "convert.vocab_size": (vocab_size, "--vocab-size"), "convert.fused_layout": (fused_layout, "--fused-layout"),
@@ -55,6 +56,8 @@ def inspect(
         raise UserError(f"cannot read: {error}", str(path), "see to the disk and the rights there") from error
     for problem in problems[:_SHOWN]:
         typer.echo(f"problem    {problem}")
+        if problem.fix:
+            typer.echo(f"  fix      {problem.fix}")
     if len(problems) > _SHOWN:
         typer.echo(f"           and {len(problems) - _SHOWN:,} more")
     if not problems:
@@ -62,12 +65,12 @@ def inspect(
     raise typer.Exit(1 if problems else 0)
 
 
-def _inspect(loaded: Loaded, path: Path, deep: bool) -> list[str]:
+def _inspect(loaded: Loaded, path: Path, deep: bool) -> list[CheckpointError]:
     """Show what there is. Returns what is wrong."""
     try:
         found = recognise(path)
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     from checkpoints.inspect import damaged, unsound  # torch takes 3 s to import
 
     ranks = f", {found.tensor * found.pipeline} files" if found.tensor * found.pipeline > 1 else ""
@@ -75,7 +78,7 @@ def _inspect(loaded: Loaded, path: Path, deep: bool) -> list[str]:
     try:
         note = read_note(found.path)
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     if note:
         typer.echo(f"adapters   {note}\nbase       {note.base}")
     if faults := damaged(found):
@@ -84,10 +87,10 @@ def _inspect(loaded: Loaded, path: Path, deep: bool) -> list[str]:
     try:
         source = open_checkpoint(loaded, found, base, source_fused(loaded.recipe.convert))
     except UnsaidError as error:
-        typer.echo(f"model      not known: {error}")
+        typer.echo(f"model      not known: {error}\n  fix      {error.fix}")
         return []
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     for head, text in _lines(loaded, source, found, base):
         typer.echo(f"{head:<10} {text}")
     return list(unsound(source, found)) if deep else []

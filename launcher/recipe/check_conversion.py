@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
-from checkpoints.folder import CheckpointError
+from checkpoints.adapters import find_base, read_note
+from checkpoints.beside import beside
+from checkpoints.folder import CheckpointError, holds_weights_alone
+from checkpoints.models.gpt import tensors
 from checkpoints.recognise import QUANTIZED, Found, recognise
+from launcher.errors import UserError
+from launcher.recipe.check_data import parse_shard
 from launcher.recipe.check_run import existing
+from launcher.recipe.converted import model_of, own_recipe
 from launcher.recipe.pipeline import LayoutError, parse_layout
 from launcher.recipe.problem import Case, Problem, nearest_divisors
-from launcher.recipe.size import parameters
 
 TP, PP = "convert.tensor_model_parallel_size", "convert.pipeline_model_parallel_size"
-LAYOUT = "convert.pipeline_model_parallel_layout"
+LAYOUT, VIRTUAL = "convert.pipeline_model_parallel_layout", "convert.num_layers_per_virtual_pipeline_stage"
+OPTIMIZER, TRAINED = "convert.optimizer", ("torch_dist", "torch")  # formats that hold a training, too
 RANKS = {"torch_dist": (), "hf": (), "mindspore": (TP,)}  # what of a layout a format has; the others have both
-_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, None: 4}  # unknown: at most fp32
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def places(case: Case) -> Iterator[Problem]:
@@ -30,14 +37,21 @@ def places(case: Case) -> Iterator[Problem]:
     if c.source:
         try:
             found = recognise(Path(c.source))
+            if note := read_note(found.path):
+                found = recognise(find_base(found.path, note))  # of what is written its size is that of the weights
         except CheckpointError as error:
-            yield Problem(str(error), case.at("convert.source"), "convert.source=the folder of a checkpoint, or of a run")
+            yield Problem(str(error), case.at("convert.source"), error.fix or "convert.source=the folder of a checkpoint, or of a run")
     if c.target:
         yield from _target(case, Path(c.target))
     yield from _fused(case)
     if c.quantize and c.to not in QUANTIZED:
         what = f"{c.to} has no weights in {c.quantize}"
         yield Problem(what, case.at("convert.to", "convert.quantize"), f"convert.to={' or '.join(QUANTIZED)}, or convert.quantize=null")
+    try:
+        parse_shard(c.shard)
+    except ValueError as error:
+        yield Problem(str(error), case.at("convert.shard"), "such as convert.shard=0/4 for the first of four")
+    yield from _training(case, found)
     if found:
         yield from _room(case, found)
     if c.hf_config is not None and not (Path(c.hf_config) / "config.json").is_file():
@@ -68,22 +82,31 @@ def _fused(case: Case) -> Iterator[Problem]:
         )
 
 
-def _room(case: Case, found: Found) -> Iterator[Problem]:
-    """Weights alone are written: no more than the source holds, nor than the model has in the target's precision.
-
-    Of files per rank each holds Yuan's filter whole, 2 h² numbers a layer.
-    """
-    c, m, needed = case.recipe.convert, case.recipe.model, found.size
-    with contextlib.suppress(TypeError):  # a size of the model is not given: the source has its own recipe
-        size = parameters(case.recipe)
-        needed = min(needed, size * _BYTES[c.dtype])
-        if m.family == "yuan2" and TP in RANKS.get(c.to, (TP, PP)):
-            needed += needed * (c.tensor_model_parallel_size - 1) * 2 * m.hidden_size**2 * m.num_layers // size
-    if not c.target:
+def _training(case: Case, found: Found | None) -> Iterator[Problem]:
+    """The optimizer's state goes from a training's checkpoint into a format that holds it, as it is."""
+    c = case.recipe.convert
+    if c.optimizer == "none":
         return
-    there = existing(Path(c.target))
-    free = shutil.disk_usage(there).free
-    if free < needed:
+    alone = f"{OPTIMIZER}=none, for the weights alone"
+    if found and (found.format not in TRAINED or holds_weights_alone(found.path)):
+        yield Problem(f"{found.path} holds weights alone, no optimizer's state", case.at("convert.source", OPTIMIZER), alone)
+    if c.to not in TRAINED:
+        yield Problem(f"{c.to} holds no optimizer's state", case.at("convert.to", OPTIMIZER), f"convert.to={' or '.join(TRAINED)}, or {alone}")
+    for key in ("convert.dtype", "convert.quantize"):
+        if case.value(key) is not None:
+            yield Problem("a training goes along in the precision that it has", case.at(key, OPTIMIZER), f"{key}=null, or {alone}")
+
+
+def _room(case: Case, found: Found) -> Iterator[Problem]:
+    """The disk holds what will be written, as far as that is known without reading the weights; the conversion itself knows it to
+    the byte."""
+    target = case.recipe.convert.target
+    needed = _bytes(case, found)
+    if not target or needed is None:
+        return
+    there = existing(Path(target))
+    begun = sum(path.stat().st_blocks * 512 for path in Path(f"{target}.part").rglob("*") if path.is_file())
+    if (free := shutil.disk_usage(there).free + begun) < needed:
         yield Problem(
             f"the converted checkpoint takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {there}",
             case.at("convert.target"),
@@ -91,12 +114,35 @@ def _room(case: Case, found: Found) -> Iterator[Problem]:
         )
 
 
+def _bytes(case: Case, found: Found) -> int | None:
+    """Of what will be written, at least: the model's numbers in the target's precision. Of files per rank each holds Yuan's
+    filter whole, 2 h^2 numbers a layer. None where the model is told by the files of weights alone."""
+    c = case.recipe.convert
+    with contextlib.suppress(CheckpointError, UserError):
+        own = own_recipe(found.path)
+        said = beside(found, Path(c.hf_config) if c.hf_config else None)
+        model = model_of(own) if own else said.model
+        if model is None and case.recipe.model.num_layers and case.recipe.derived.vocab_size:
+            model = model_of(case.recipe)
+        if model is None:
+            return None
+        precision = c.dtype or (own.training.precision if own else said.precision)
+        width = 1 if c.quantize or model.quantize and c.to in QUANTIZED else _BYTES.get(precision, 1)
+        width += 12 * (c.optimizer != "none")  # fp32 weights and two moments, which plain fp32 weights need no copy of
+        width -= 4 * (c.optimizer == "plain" and precision == "fp32")
+        numbers = sum(prod(one.shape) for one in tensors(model))
+        copies = c.tensor_model_parallel_size - 1 if TP in RANKS.get(c.to, (TP, PP)) and model.family == "yuan2" else 0
+        return width * (numbers + copies * 2 * model.hidden_size**2 * model.num_layers)
+    return None
+
+
 def layout(case: Case) -> Iterator[Problem]:
     """Ranks that the format has, and that the model can be cut into."""
     c = case.recipe.convert
-    for key in (TP, PP, LAYOUT):
-        if key not in RANKS.get(c.to, (TP, PP, LAYOUT)) and case.value(key) not in (1, None):
-            fix = f"{key}={'null' if key == LAYOUT else 1}, or convert.to=torch"
+    for key in (TP, PP, LAYOUT, VIRTUAL):
+        ranks = (TP, PP, LAYOUT, VIRTUAL) if c.to == "torch" else RANKS.get(c.to, (TP, PP, LAYOUT))
+        if key not in ranks and case.value(key) not in (1, None):
+            fix = f"{key}={'null' if key in (LAYOUT, VIRTUAL) else 1}, or convert.to=torch"
             yield Problem(f"{c.to} is no format of so many ranks", case.at("convert.to", key), fix)
     if c.tensor_model_parallel_size < 1 or c.pipeline_model_parallel_size < 1:
         return  # refused by `ranges`
@@ -125,8 +171,12 @@ def _tensor(case: Case, tp: int) -> Iterator[Problem]:
 
 def _stages(case: Case, layers: int, pp: int) -> Iterator[Problem]:
     text = case.recipe.convert.pipeline_model_parallel_layout
+    each = case.recipe.convert.num_layers_per_virtual_pipeline_stage
+    if each is not None and (text is not None or pp < 2 or layers % (each * pp) or layers == each * pp):
+        what = f"{layers} layers are no several virtual stages of {each} layers on each of {pp} pipeline ranks"
+        yield Problem(what, case.at(VIRTUAL, PP, LAYOUT), f"{VIRTUAL}=null, or PP x stages x layers of each = {layers}, without {LAYOUT}")
     if text is None:
-        if layers % pp:
+        if each is None and layers % pp:
             yield Problem(
                 f"{layers} layers cannot be shared out over {pp} pipeline stages evenly",
                 case.at("model.num_layers", PP),
@@ -139,8 +189,9 @@ def _stages(case: Case, layers: int, pp: int) -> Iterator[Problem]:
         yield Problem(str(error), case.at(LAYOUT), "such as 'Et*3|t*3L': E embedding, t layer, L loss, | between stages")
         return
     flat = "".join(stages)
-    if len(stages) != pp:
-        yield Problem(f"the layout has {len(stages)} stages, not PP {pp}", case.at(LAYOUT, PP), f"{PP}={len(stages)}")
+    if len(stages) % pp or len(stages) > pp and (pp == 1 or case.recipe.convert.to != "torch"):
+        several = " or a multiple (interleaved) of it" if pp > 1 and case.recipe.convert.to == "torch" else ""
+        yield Problem(f"the layout has {len(stages)} stages, not PP {pp}{several}", case.at(LAYOUT, PP), f"{PP}={len(stages)}")
     if flat != "E" + "t" * layers + "L":
         yield Problem(
             f"the layout places {flat.count('t')} layers between E and L, and the model has {layers}",

@@ -81,7 +81,7 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     """
     index, slash, number = (shard or "0/1").partition("/")
     if not (slash and index.isdigit() and number.isdigit() and int(index) < int(number)):
-        raise ValueError(f"{shard!r} is no share i/n of the input, counted from 0")
+        raise ValueError(f"{shard!r} is no share i/n, counted from 0")
     return int(index), int(number)
 
 

@@ -1,6 +1,6 @@
 """A large checkpoint of Yuan's shape from 32 stages to 8 tensor ranks: memory and time beside `cp` of the bytes written.
 
-    python -m tests.benchmarks.convert [FOLDER] [--gb 8] [--rounds 2]
+    python -m tests.benchmarks.convert [FOLDER] [--gb 8] [--rounds 2] [--workers 1 2]
 
 Makes the source in FOLDER (default: the temporary folder; five times the size must be free), converts it, and removes both. A
 file system's cache blurs such times: each way is measured twice, by turns, and the bytes are flushed to the disk.
@@ -42,10 +42,10 @@ def model_of(gigabytes: float) -> Model:
 
 def make(folder: Path, model: Model) -> None:
     """The source, of random numbers that repeat from tensor to tensor."""
-    (folder / "release").mkdir(parents=True)
     target = RankFiles(folder / "release", model, _bf16(model), yuan(), 1, [1] * 10 + [2, 2] + [1] * 20)
     largest = max(torch.Size(one.shape).numel() for one in target.order())
     random = torch.randn(largest, generator=torch.Generator().manual_seed(1)).bfloat16()
+    target.files.create()
     for one in target.order():
         target.put(one, random[: torch.Size(one.shape).numel()].view(one.shape))
     target.finish()
@@ -72,6 +72,7 @@ def main() -> None:
     arguments.add_argument("folder", nargs="?", type=Path)
     arguments.add_argument("--gb", type=float, default=8.0)
     arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--workers", type=int, nargs="+", default=[1])
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="yuan-convert-") as place:
         folder, model = Path(place), model_of(given.gb)
@@ -80,17 +81,19 @@ def main() -> None:
         shape = f"{model}, {size / 1e9:.2f} GB in {STAGES} files, largest tensor {2 * VOCABULARY * model.hidden_size / 2**20:.0f} MiB"
         print(shape, flush=True)
         yuan_command = [str(Path(sys.executable).with_name("yuan")), "convert", str(folder / "source"), str(folder / "target"), "--to", "yuan"]
-        ways: dict[str, list[str]] = {
-            "convert": [*yuan_command, "--tp", str(RANKS)], "cp -r": ["cp", "-r", str(folder / "target"), str(folder / "copy")],
-        }  # fmt: skip
         for _ in range(given.rounds):
-            for name, command in ways.items():
-                seconds, cpu, memory = measured(lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
-                written = bytes_of(folder / "target")
-                told = f", at most {memory:.2f} GiB" if name == "convert" else ""
-                print(f"{name:8} {seconds:6.1f} s ({written / seconds / 1e6:,.0f} MB/s), {cpu:5.1f} s of CPU{told}", flush=True)
-            shutil.rmtree(folder / "target")
-            shutil.rmtree(folder / "copy")
+            for workers in given.workers:
+                told("convert", [*yuan_command, "--tp", str(RANKS), "--workers", str(workers)], folder / "target", f"{workers} process(es)")
+                told("cp -r", ["cp", "-r", str(folder / "target"), str(folder / "copy")], folder / "copy", "")
+                shutil.rmtree(folder / "target")
+                shutil.rmtree(folder / "copy")
+
+
+def told(name: str, command: list[str], written: Path, what: str) -> None:
+    """Run a command, and print its time beside the bytes of what it wrote; of several processes the largest one's memory."""
+    seconds, cpu, memory = measured(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    more = f", at most {memory:.2f} GiB, {what}" if what else ""
+    print(f"{name:8} {seconds:6.1f} s ({bytes_of(written) / seconds / 1e6:,.0f} MB/s), {cpu:5.1f} s of CPU{more}", flush=True)
 
 
 def bytes_of(folder: Path) -> int:

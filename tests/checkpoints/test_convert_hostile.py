@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import convert as conversion
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored
 from checkpoints.folder import CheckpointError
 from checkpoints.formats import hf, torch_dist
+from checkpoints.models import megatron
+from checkpoints.part import Part, expect_free
 from checkpoints.verify import compare
 from launcher.errors import UserError
 from tests.checkpoints.folders import GPT2, LLAMA, YUAN, llama_tensors, write
@@ -35,13 +36,13 @@ def test_nothing_but_a_dead_conversions_folder_is_removed(tmp_path):
     with pytest.raises(UserError, match="q.part is in the way, and no conversion left it"):
         convert(source, tmp_path / "q")
     assert (tmp_path / "q.part" / "thesis.tex").read_text() == "years of work"
-    (tmp_path / "q.part" / ".conversion").write_text("pid 1\n")  # as a killed conversion leaves it
-    with conversion.beside(tmp_path / "q", source) as part:
-        assert sorted(path.name for path in part.iterdir()) == [".conversion"]
+    (tmp_path / "q.part" / ".conversion").write_text("pid 1\n")  # as a conversion of before leaves it
+    with Part(tmp_path / "q").begun({"source": {}, "options": {}, "files": {}}, lambda what, text: None):
+        assert sorted(path.name for path in (tmp_path / "q.part").iterdir()) == [".conversion", "checkpoint", "thesis.tex"]
         with pytest.raises(UserError, match="another process is writing this output: pid"):
             convert(source, tmp_path / "q")
-        (part / "x").write_text("mine")
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != source) == ["hf", "q", "x"]
+    convert(source, tmp_path / "q")
+    assert [path.name for path in (tmp_path / "q.part").iterdir()] == ["thesis.tex"]
 
 
 def test_targets_that_are_no_folder_of_their_own(tmp_path):
@@ -50,8 +51,8 @@ def test_targets_that_are_no_folder_of_their_own(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     for target in (tmp_path / "dangling", tmp_path / "link", Path("."), tmp_path / "empty" / "..", source, source / "x", tmp_path):
-        with pytest.raises(CheckpointError), conversion.beside(target, source):
-            pytest.fail(f"{target} was begun")
+        with pytest.raises(CheckpointError):
+            expect_free(target, source)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -126,7 +127,7 @@ def test_layers_beyond_the_models_and_chunks_that_overlap(tmp_path):
     convert(write(tmp_path / "hf", LLAMA, llama_tensors()), tmp_path / "ours")
     weights = tmp_path / "ours" / "release"
     args = torch_dist.settings(weights)
-    model = conversion.megatron.model_with_ids(vars(args) | {"num_layers": 1}, "args", None)
+    model = megatron.model_with_ids(vars(args) | {"num_layers": 1}, "args", None)
     with pytest.raises(CheckpointError, match="is of 2 layers, and the model has 1"):
         torch_dist.open_source(weights, model)
     known = pickle.loads((weights / ".metadata").read_bytes())

@@ -1,0 +1,312 @@
+"""A checkpoint that is being written: it gets its name when it is whole, and goes on where it was stopped.
+
+    DST.part/
+      .conversion         what is made of what: what another conversion left is not gone on with
+      .written.0-of-1     a line for each tensor that is on the disk: its name, its checksum
+      checkpoint/         the files themselves, in full size from the beginning, with holes; DST when it is whole
+
+Several machines may each write a share: `.written.1-of-4` is the second of four's. All that is looked at and changed of more
+than one's own share happens under one lock, `DST.lock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from checkpoints.folder import CheckpointError, flush, flush_one
+from data_tools.errors import DataError
+from data_tools.lock import Lock
+
+MARK, _WRITTEN = ".conversion", ".written."
+SYNC_SECONDS = 10.0  # between two flushings of what is written to the disk: so much work a kill or a lost machine costs
+_WAIT_SECONDS = 10.0  # for another share that looks at the folder
+_ANOTHER = "give another target"
+Shard = tuple[int, int]
+WHOLE: Shard = (0, 1)
+Tell = Callable[[str, str], None]  # told a word of what was found, and what
+
+
+class Stopped(CheckpointError):
+    """Nothing is wrong with the checkpoints: what was written is kept, and the same command goes on with it."""
+
+
+class Busy(CheckpointError):
+    """Another process is at it."""
+
+
+class Part:
+    """The folder `path`, under construction, and what is known of it."""
+
+    def __init__(self, folder: Path, shard: Shard = WHOLE):
+        self.folder, self.shard = folder, shard
+        self.path = folder.with_name(folder.name + ".part")
+        self.checkpoint = self.path / "checkpoint"
+        self._lock = folder.with_name(folder.name + ".lock")
+
+    def written(self) -> dict[str, dict[str, Any]]:
+        """What is on the disk already, by tensor, of all shares.
+
+        Raises:
+            CheckpointError: two shares say otherwise of one tensor.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.path.glob(f"{_WRITTEN}*")):
+            for one in _lines(path.read_bytes()):
+                if found.setdefault(one["name"], one) != one:
+                    raise CheckpointError(
+                        f"{one['name']} was read in two ways by two shares of this conversion",
+                        f"remove {self.path}, and begin anew",
+                    )
+        return found
+
+    @contextmanager
+    def journal(self, files: Iterable[Path]) -> Iterator[Journal]:
+        """Where the tensors are noted that are in `files`."""
+        journal = Journal(self.path / "{}{}-of-{}".format(_WRITTEN, *self.shard), files)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+    def tidy(self, kept: Collection[Path]) -> None:
+        """Remove all other files of the checkpoint, such as one that was half copied."""
+        for path in sorted(self.checkpoint.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+
+    # ---- alone
+
+    @contextmanager
+    def alone(self, seconds: float = 0.0) -> Iterator[None]:
+        """Under the lock; waits so long for it.
+
+        Raises:
+            Busy: another process has it.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                lock = Lock(self._lock)
+                break
+            except DataError as error:
+                if time.monotonic() >= until:
+                    raise Busy(f"{self.folder}: {error.what}", f"wait for it, or {_ANOTHER}") from error
+                time.sleep(0.1)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _share(self, shard: Shard) -> Path:
+        return self.folder.with_name("{}.{}-of-{}.lock".format(self.folder.name, *shard))
+
+    def _others(self) -> list[str]:
+        """The shares that processes are writing now."""
+        busy = []
+        for path in self.folder.parent.glob(f"{escape(self.folder.name)}.*-of-*.lock"):
+            if path != self._share(self.shard):
+                try:
+                    Lock(path).release()
+                except DataError:
+                    busy.append(path.name.removeprefix(f"{self.folder.name}.").removesuffix(".lock").replace("-of-", "/"))
+        return busy
+
+    # ---- beginning and ending
+
+    @contextmanager
+    def begun(self, plan: Mapping[str, Any], tell: Tell) -> Iterator[None]:
+        """The folder is there: as a conversion of the same `plan` left it, else empty.
+
+        Raises:
+            CheckpointError: something is in the way that no conversion left, or others write it.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.shard == WHOLE:
+            with self.alone():
+                if busy := self._others():
+                    raise CheckpointError(
+                        f"{self.folder}: another process is writing share {' and '.join(busy)} of it",
+                        f"wait for it, or {_ANOTHER}",
+                    )
+                self._begin(plan, tell)
+                with self.kept_if_stopped():
+                    yield
+            return
+        with self.alone(_WAIT_SECONDS):
+            try:
+                lock = Lock(self._share(self.shard))
+            except DataError as error:
+                raise CheckpointError(
+                    f"{self.folder}: {error.what}, share {self.shard[0]}/{self.shard[1]}",
+                    "another --shard, or wait for it",
+                ) from error
+            try:
+                self._begin(plan, tell)
+            except BaseException:
+                lock.release()
+                raise
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def kept_if_stopped(self) -> Iterator[None]:
+        """What a refused conversion leaves is removed; what a stopped one leaves is kept, where any of it is of use."""
+        try:
+            yield
+        except (KeyboardInterrupt, MemoryError, OSError, Stopped):
+            if not self.written():
+                self._remove()
+            raise
+        except BaseException:
+            self._remove()
+            raise
+
+    def forget(self) -> None:
+        """Nothing is written."""
+        for path in self.path.glob(f"{_WRITTEN}*"):
+            path.unlink()
+
+    def _remove(self) -> None:
+        """Remove the folder, the mark last: what is left of it, should this be stopped, is known as a conversion's."""
+        self.forget()
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        for path in sorted(self.path.glob(f"{MARK}*"), reverse=True):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def _begin(self, plan: Mapping[str, Any], tell: Tell) -> None:
+        part, mark = self.path, self.path / MARK
+        if part.is_symlink() or part.exists():
+            if part.is_symlink() or not part.is_dir() or not mark.is_file() and any(not one.name.startswith(MARK) for one in part.iterdir()):
+                raise CheckpointError(f"{part} is in the way, and no conversion left it", f"move it away, or {_ANOTHER}")
+            if why := _otherwise(mark, plan):
+                if self.shard != WHOLE and (busy := self._others()):
+                    what = f"{self.folder}: share {' and '.join(busy)} of it is being written of something else: {why}"
+                    raise CheckpointError(what, f"wait for it, or {_ANOTHER}")
+                if self.written():
+                    tell("anew", why)
+                self._remove()
+        part.mkdir(exist_ok=True)
+        beside = part / f"{MARK}.{os.getpid()}"
+        beside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        flush_one(beside)
+        beside.replace(mark)
+        self.checkpoint.mkdir(exist_ok=True)
+
+    def commit(self) -> None:
+        """Give it its name, when all of it is on the disk."""
+        flush(self.checkpoint)
+        self.forget()  # first: nothing speaks of files that are not there any more
+        self.checkpoint.rename(self.folder)
+        flush_one(self.folder.parent)
+        self._remove()
+
+
+class Journal:
+    """The tensors that are written, a line each, which comes after the tensor is on the disk. Flushing is done beside."""
+
+    def __init__(self, path: Path, files: Iterable[Path]):
+        self._file = open(path, "a+b")  # noqa: SIM115  closed by `close`
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line that was cut off is none
+        self._files, self._lines = tuple(files), []
+        self._beside, self._since = ThreadPoolExecutor(1), time.monotonic()
+        self._syncing: Future[None] = self._beside.submit(self._sync, [])
+
+    def note(self, line: Mapping[str, Any]) -> None:
+        """A tensor is written."""
+        self._lines.append(json.dumps(line) + "\n")
+        if self._syncing.done() and time.monotonic() - self._since >= SYNC_SECONDS:
+            self._next()
+
+    def _next(self) -> None:
+        self._syncing.result()  # raises what went wrong
+        lines, self._lines, self._since = self._lines, [], time.monotonic()
+        self._syncing = self._beside.submit(self._sync, lines)
+
+    def _sync(self, lines: list[str]) -> None:
+        for path in self._files if lines else ():
+            flush_one(path)
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Note the last."""
+        try:
+            self._next()
+            self._syncing.result()
+        finally:
+            self._beside.shutdown()
+            self._file.close()
+
+
+def _lines(content: bytes) -> Iterator[dict[str, Any]]:
+    """The lines of a journal, up to one that its writer did not end."""
+    for line in content.splitlines(keepends=True):
+        try:
+            one = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return
+        if not isinstance(one, dict):
+            return
+        yield one
+
+
+def _otherwise(mark: Path, plan: Mapping[str, Any]) -> str:
+    """What another plan than this one wrote the folder; nothing where it is the same."""
+    try:
+        other = json.loads(mark.read_text(encoding="utf-8"))
+        then = {group: dict(other[group]) for group in plan}
+    except (OSError, ValueError, KeyError, TypeError):
+        return "what is there says no plan that is known"
+    now = json.loads(json.dumps(plan))
+    for group, what in (("source", "{} has changed since"), ("options", "{} was {}, and is {}"), ("files", "{} is planned otherwise")):
+        keys = [key for key in {**then[group], **now[group]} if then[group].get(key) != now[group].get(key)]
+        if keys:
+            key = keys[0]
+            return what.format(key, then[group].get(key), now[group].get(key)) + (f", and {len(keys) - 1} more" if len(keys) > 1 else "")
+    return "" if then == now else "it was planned otherwise"
+
+
+def expect_free(folder: Path, source: Path) -> None:
+    """A target that may be written.
+
+    Raises:
+        CheckpointError: it is there already and holds something, or is or lies in `source` or the reverse.
+    """
+    if folder.name in ("", "..") or folder.is_symlink():
+        kind = "a link" if folder.is_symlink() else "no name"
+        raise CheckpointError(f"{folder} is {kind}: what is converted gets a folder of its own", _ANOTHER)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is there already", f"{_ANOTHER}, or move that away")
+    part = Part(folder).path
+    whence, to, by = source.resolve(), folder.resolve(), part.resolve()
+    if whence in (to, *to.parents) or to in whence.parents or by in (whence, *whence.parents):
+        raise CheckpointError(f"{source} is what is read, and it would be written into: {folder} is written as {part} first", _ANOTHER)
+
+
+def fingerprint(folders: Iterable[Path], files: Iterable[Path] = ()) -> dict[str, list[int]]:
+    """Of every file of these folders its size in bytes and when it was last changed, in nanoseconds: by these a changed one is
+    noticed."""
+    found = {}
+    for path in sorted({*files, *(path for folder in folders for path in folder.rglob("*") if path.is_file())}):
+        known = path.stat()
+        found[str(path.resolve())] = [known.st_size, known.st_mtime_ns]
+    return found
