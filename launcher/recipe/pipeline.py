@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from launcher.recipe.schema import Convert
+
 
 class LayoutError(ValueError):
     """A layout that is not in Megatron's notation."""
@@ -27,6 +29,9 @@ def parse_layout(layout: str) -> list[str]:
     return text.split("|")
 
 
-def layers_of_stages(layout: str | None) -> list[int] | None:
-    """How many layers each stage of a layout has; None of none."""
-    return None if layout is None else [stage.count("t") for stage in parse_layout(layout)]
+def stages_asked(asked: Convert, layers: int) -> list[int] | None:
+    """How many layers each stage has that a conversion is to write, virtual ones each by itself; None: as many on each rank."""
+    if asked.pipeline_model_parallel_layout is not None:
+        return [stage.count("t") for stage in parse_layout(asked.pipeline_model_parallel_layout)]
+    each = asked.num_layers_per_virtual_pipeline_stage
+    return None if each is None else [each] * (layers // each)

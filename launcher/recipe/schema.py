@@ -318,7 +318,7 @@ class Checkpoint:
     format: Literal["torch_dist", "torch"] = "torch_dist"
     """torch_dist: resumes at any TP/PP/DP. torch: Megatron-LM's mp_rank_XX/model_optim_rng.pt, for the same layout."""
     load: Optional[str] = None
-    """Start from this checkpoint or run folder instead of from random weights."""
+    """Start from this run or checkpoint instead of from random weights: a Hugging Face folder, or any format that `yuan convert` reads."""
     finetune: bool = False
     """With load: take the weights alone and start at step 0."""
     no_load_optim: bool = False
@@ -329,6 +329,8 @@ class Checkpoint:
     """Ours, fine-tuning: save where the validation loss is the lowest so far, and keep that checkpoint."""
     keep_last: Optional[int] = None
     """Ours: how many checkpoints to keep; the newest whole one is never removed. Not given: all."""
+    export_hf: Optional[str] = None
+    """Ours: a folder to write when the training is over: its best checkpoint (with keep_best), else its last, for Hugging Face."""
 
 
 @dataclass
@@ -404,7 +406,7 @@ class Run:
 @dataclass
 class Generate:
     load: Optional[str] = None
-    """Checkpoint or run folder. Derived: the newest checkpoint under runs/."""
+    """Run or checkpoint of any format, as checkpoint.load. Derived: the newest checkpoint under runs/."""
     input: Optional[str] = None
     """JSONL with `query` (or `prompt`, `text`, or `instruction` and `input`) on each line."""
     output: str = "output.txt"
@@ -441,6 +443,11 @@ class Convert:
     """Pipeline stages of what is written."""
     pipeline_model_parallel_layout: Optional[str] = None
     """Explicit stages of what is written, in Megatron's notation."""
+    num_layers_per_virtual_pipeline_stage: Optional[int] = None
+    """torch: layers per virtual stage of what is written, several of which each pipeline rank has."""
+    optimizer: Literal["none", "keep", "plain", "distributed"] = "none"
+    """Whether the training goes along, for a run to go on at another layout or format (torch_dist, torch): keep, with the
+    optimizer's state in the form that it has; plain, or distributed over data-parallel ranks. none: weights alone."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """torch: whose modules the names are of: megatron-core's own, or Transformer Engine's, in which norms are part of the next layer."""
     pai_release: Literal["v0.5", "v0.6"] = "v0.6"
@@ -455,6 +462,10 @@ class Convert:
     """Ids of the vocabulary, for sources that say only what it was padded to."""
     allow_nan: bool = False
     """Convert weights that hold NaN or infinity as they are."""
+    workers: int = 1
+    """Processes, each of which writes other tensors."""
+    shard: Optional[str] = None
+    """'i/n': write the i-th of n shares of the tensors, from 0, for several machines; the last to finish ends the conversion."""
     fused_layout: Optional[Literal["separate", "concat", "grouped"]] = None
     """MindSpore: query, key and value separate, or how they lie in one matrix; gate and up likewise."""
     source_fused_layout: Optional[Literal["concat", "grouped"]] = None
