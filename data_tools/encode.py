@@ -80,15 +80,18 @@ class PartFiles:
         return sizes[documents:], sizes[:documents]
 
     def read(self, dtypes: Sequence[np.dtype]) -> Part | None:
-        """The part, where it is whole; `dtypes` are those of each key's tokens."""
+        """The part, where it is whole, its tokens here or moved on already; `dtypes` are those of each key's tokens."""
         try:
             record = json.loads(Path(f"{self._stem}.json").read_text(encoding="utf-8"))
             record["counts"] = [Counts(**count) for count in record["counts"]]
             part = Part(**record)
-            sizes = [self.tokens(i).stat().st_size for i in range(len(part.counts)) if self.sizes(i).is_file()]
+            for i, (count, dtype) in enumerate(zip(part.counts, dtypes, strict=True)):
+                self.sizes(i).stat()
+                if self.tokens(i).is_file() and self.tokens(i).stat().st_size != count.tokens * dtype.itemsize:
+                    return None
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return part if sizes == [count.tokens * dtype.itemsize for count, dtype in zip(part.counts, dtypes, strict=True)] else None
+        return part
 
     def begin(self) -> None:
         """The part is not whole from here on: an older record must not speak for new tokens of the same size."""

@@ -8,12 +8,14 @@ Source: megatron/core/datasets/indexed_dataset.py; the tests hold both byte for 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +54,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
+class NotMovedError(Exception):
+    """Tokens that should have been moved into a .bin are not there."""
+
+
 class IndexedWriter:
     """Writes one .bin/.idx pair, document by document, in bounded memory; locked against a second writer.
 
@@ -61,18 +67,22 @@ class IndexedWriter:
     Args:
         prefix: path of the pair without suffix; its folder exists.
         dtype: of the tokens (`token_dtype`).
+        data: where the .bin grows, on the same file system; it stays there when the block is left before `finish`, and what it
+            holds then is there for `move_file`.
 
     Raises:
         DataError: another process is writing this pair.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | str):
+    def __init__(self, prefix: str | Path, dtype: np.dtype | str, data: Path | None = None):
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
         self.documents = self.sequences = self.tokens = 0
         self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
         self._bin_part, self._idx_part = (path.with_name(path.name + ".part") for path in (bin_path(prefix), idx_path(prefix)))
+        self._unfinished = [self._idx_part, *([] if data else [self._bin_part])]
+        self._bin_part = data or self._bin_part
         self._lock = Lock(Path(f"{prefix}.lock"))
-        self._bin = open(self._bin_part, "wb")
+        self._bin = open(self._bin_part, "r+b" if data and data.is_file() else "wb")
         # The index grows with the number of sequences, so it waits on disk, in files without a name, not in memory.
         self._lengths, self._boundaries = (tempfile.TemporaryFile(dir=self.prefix.parent) for _ in range(2))
 
@@ -99,17 +109,28 @@ class IndexedWriter:
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
         self._count(len(tokens), lengths, sequences)
 
-    def add_file(self, tokens: Path, lengths: np.ndarray, sequences: np.ndarray) -> None:
-        """Several documents at once, their tokens in a file of raw tokens of this pair's dtype.
+    def move_file(self, tokens: Path, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        """Several documents at once, whose tokens lie in a file of raw tokens of this pair's dtype. It is removed when they are
+        in the .bin; where it is gone, an earlier writer with the same `data` and the same files before it moved them.
 
         Raises:
             ValueError: the sizes do not agree.
+            NotMovedError: there is neither the file nor what was moved.
         """
-        size = tokens.stat().st_size
-        if int(lengths.sum(dtype="i8")) * self.dtype.itemsize != size or int(sequences.sum(dtype="i8")) != len(lengths):
-            raise ValueError(f"{tokens} has {size} bytes, which its lengths do not add up to")
-        with open(tokens, "rb") as file:
-            self.add_stream(file, [(lengths, sequences)])
+        count = int(lengths.sum(dtype="i8"))
+        start, size = self.tokens * self.dtype.itemsize, count * self.dtype.itemsize
+        if int(sequences.sum(dtype="i8")) != len(lengths) or tokens.is_file() and tokens.stat().st_size != size:
+            raise ValueError(f"{tokens} is not of the {size} bytes that its lengths add up to")
+        self._bin.flush()
+        if tokens.is_file():
+            self._bin.truncate(start)  # before it is written again, so that what follows cannot be of another run
+            self._bin.seek(start)
+            with open(tokens, "rb") as file:
+                _copy(file, self._bin, size)
+            tokens.unlink()
+        elif os.fstat(self._bin.fileno()).st_size < start + size:
+            raise NotMovedError(str(tokens))
+        self._count(count, lengths.astype("<i4"), sequences.astype("<i8"))
 
     def add_stream(self, tokens: BinaryIO, index: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Any number of documents in bounded memory: an open file of raw tokens of this pair's dtype, read only as far as
@@ -142,9 +163,12 @@ class IndexedWriter:
         Args:
             description: what made the data, for `IndexedReader.description`; kept in `<prefix>.json`.
         """
-        self._write_index()
         self._bin.flush()
-        os.fsync(self._bin.fileno())
+        self._bin.truncate(self.tokens * self.dtype.itemsize)
+        with ThreadPoolExecutor(1) as meanwhile:  # each waits for the disk
+            synced = meanwhile.submit(os.fsync, self._bin.fileno())
+            self._write_index()
+            synced.result()
         self._bin.close()
         idx_path(self.prefix).unlink(missing_ok=True)
         description_path(self.prefix).unlink(missing_ok=True)
@@ -173,7 +197,7 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Remove what is not finished. Harmless after `finish`."""
-        for part in (self._bin_part, self._idx_part):
+        for part in self._unfinished:
             part.unlink(missing_ok=True)
         for file in (self._bin, self._lengths, self._boundaries):
             with suppress(OSError):  # on a full disk closing tries once more to write what is buffered
@@ -185,6 +209,21 @@ class IndexedWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    """`size` bytes between open files from where each stands, `target` without anything unwritten. Within the system, where it
+    can: a third of the time."""
+    try:
+        while size:
+            copied = os.sendfile(target.fileno(), source.fileno(), None, size)
+            if not copied:
+                raise ValueError(f"{source.name} ends {size} bytes early")
+            size -= copied
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfileobj(source, target)
 
 
 class IndexedReader:

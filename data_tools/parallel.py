@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,7 @@ _function: Callable[[Any], Any]
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    gc.freeze()  # what was forked is not looked at for garbage, which would copy its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

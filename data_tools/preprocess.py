@@ -1,7 +1,7 @@
 """Text into Megatron's indexed datasets, one per key, documents in input order whatever the workers.
 
 The input is cut into parts. A worker writes a part's tokens into a file of its own in `<output_prefix>.unfinished/`; this
-process joins the files in order. A run that was stopped continues from the parts that are whole.
+process moves them in order into one file there, the .bin to be. A run that was stopped continues from the parts that are whole.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from data_tools.encode import BAD_SHOWN, BlockEncoder, Counts, Part, PartFiles, too_many_bad
 from data_tools.errors import InputError
-from data_tools.indexed import IndexedWriter, token_dtype
+from data_tools.indexed import IndexedWriter, NotMovedError
 from data_tools.lock import Lock
 from data_tools.parallel import ordered_map
 from data_tools.sources import Block, Format, Source, blocks, find_sources
@@ -90,42 +93,60 @@ def encode_files(
     progress: Callable[[list[Counts]], None] | None = None,
 ) -> dict[str, Counts]:
     """What `preprocess` does, with another encoder too: a pair for each of its keys. Arguments and errors as there."""
-    keys, output_prefix = encoder.keys, sharded_prefix(output_prefix, shard)
+    output_prefix = sharded_prefix(output_prefix, shard)
     size = part_bytes or max(_SMALLEST_PART, min(_LARGEST_PART, sum(source.size for source in sources) // _PARTS))
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(f"{output_prefix}.unfinished")
-    encoder = replace(encoder, folder=str(folder))
+    encoder = replace(encoder, folder=f"{output_prefix}.unfinished")
+    plan = {**encoder.plan(), "shard": list(shard), "part_bytes": size, "inputs": [asdict(source) for source in sources]}
+    encoder.tokenizer.engine  # built once, before the workers are forked
+    with ExitStack() as stack:
+        stack.callback(Lock(Path(f"{output_prefix}.lock")).release)  # of the folder, which runs of other keys would share
+        try:
+            return _encode_and_join(encoder, sources, output_prefix, workers, plan, progress)
+        except NotMovedError:  # behind a part of other text than the earlier run's
+            shutil.rmtree(encoder.folder)
+            return _encode_and_join(encoder, sources, output_prefix, workers, plan, progress)
+
+
+def _encode_and_join(
+    encoder: BlockEncoder,
+    sources: Sequence[Source],
+    output_prefix: str,
+    workers: int,
+    plan: dict[str, Any],
+    progress: Callable[[list[Counts]], None] | None,
+) -> dict[str, Counts]:
+    keys, folder = encoder.keys, Path(encoder.folder)
     counts, parts = {key: Counts() for key in keys}, hashlib.sha256()
     bad: list[tuple[str, str, str]] = []
     with ExitStack() as stack:
-        stack.callback(Lock(Path(f"{output_prefix}.lock")).release)  # of the folder, which runs of other keys would share
-        outputs = zip((dataset_prefix(output_prefix, key) for key in keys), encoder.dtypes, strict=True)
-        writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix, dtype in outputs]
-        plan = {**encoder.plan(), "shard": list(shard), "part_bytes": size, "inputs": [asdict(source) for source in sources]}
         _open_folder(folder, plan)
         stack.callback(_remove_if_empty, folder)
-        cut = chain.from_iterable(blocks(source, size, keys, start, end) for source, start, end in shares(sources, shard))
-        encoder.tokenizer.engine  # built once, before the workers are forked
+        joined = [folder / f"joined.{i}.bin" for i in range(len(keys))]
+        _forget_lost(folder, encoder.dtypes, joined)
+        outputs = zip((dataset_prefix(output_prefix, key) for key in keys), encoder.dtypes, joined, strict=True)
+        writers = [stack.enter_context(IndexedWriter(*output)) for output in outputs]
+        cut = chain.from_iterable(blocks(source, plan["part_bytes"], keys, start, end) for source, start, end in shares(sources, plan["shard"]))
         for part in stack.enter_context(closing(_encode_all(encoder, enumerate(cut), workers))):
             _join(part, folder, writers)
             parts.update(part.input_sha256.encode())
-            for count, done in zip(counts.values(), part.counts, strict=True):
-                count.add(done)
+            for total, done in zip(counts.values(), part.counts, strict=True):
+                total.add(done)
             bad += part.bad_lines[: BAD_SHOWN - len(bad)]
             if counts[keys[0]].bad > encoder.max_bad:
                 raise too_many_bad(encoder.max_bad, bad)
             if progress:
                 progress(list(counts.values()))
-        if not all(count.tokens for count in counts.values()):
+        if not all(total.tokens for total in counts.values()):
             shutil.rmtree(folder)
             raise _empty(counts, sources[0].path)
-        for writer, count in zip(writers, counts.values(), strict=True):
-            writer.finish(_manifest(encoder.tokenizer, plan, count, parts.hexdigest(), bad))
+        for writer, total in zip(writers, counts.values(), strict=True):
+            writer.finish(_manifest(encoder.tokenizer, plan, total, parts.hexdigest(), bad))
         shutil.rmtree(folder)
     return counts
 
 
-def shares(sources: Sequence[Source], shard: tuple[int, int]) -> Iterator[tuple[Source, int, int]]:
+def shares(sources: Sequence[Source], shard: Sequence[int]) -> Iterator[tuple[Source, int, int]]:
     """The (source, start, end) in bytes of the i-th of n equal shares; what has to be read as a whole belongs to the
     share in which it begins."""
     index, number = shard
@@ -150,6 +171,18 @@ def _open_folder(folder: Path, plan: dict[str, object]) -> None:
     note.write_text(text, encoding="utf-8")
 
 
+def _forget_lost(folder: Path, dtypes: Sequence[np.dtype], joined: Sequence[Path]) -> None:
+    """Parts whose tokens had been moved and are not there: the machine went down before the disk had them."""
+    sizes, ends = [path.stat().st_size if path.is_file() else 0 for path in joined], [0] * len(joined)
+    for number in count():
+        files = PartFiles(folder, number)
+        if (part := files.read(dtypes)) is None:
+            return
+        ends = [end + one.tokens * dtype.itemsize for end, one, dtype in zip(ends, part.counts, dtypes, strict=True)]
+        if any(size < end and not files.tokens(i).is_file() for i, (size, end) in enumerate(zip(sizes, ends, strict=True))):
+            files.begin()
+
+
 def _remove_if_empty(folder: Path) -> None:
     """Nothing is kept of a run in which no part became whole."""
     if folder.is_dir() and not any(path.suffix == ".json" and path.name != "plan.json" for path in folder.iterdir()):
@@ -163,7 +196,7 @@ def _encode_all(encode: BlockEncoder, items: Iterator[tuple[int, Block]], worker
 def _join(part: Part, folder: Path, writers: list[IndexedWriter]) -> None:
     files = PartFiles(folder, part.number)
     for i, writer in enumerate(writers):
-        writer.add_file(files.tokens(i), *files.read_sizes(i, part.counts[i].documents))
+        writer.move_file(files.tokens(i), *files.read_sizes(i, part.counts[i].documents))
 
 
 def _empty(counts: dict[str, Counts], path: str) -> InputError:
