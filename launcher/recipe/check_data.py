@@ -31,7 +31,7 @@ def tokenizer(case: Case) -> Iterator[Problem]:
     t = case.recipe.tokenizer
     for key, value in vars(t).items():
         users = " or ".join(name for name, takes in TOKENIZER_ARGUMENTS.items() if key in takes)
-        in_vain = value is not None and key not in ("type", "vocab_size", *TOKENIZER_ARGUMENTS[t.type])
+        in_vain = value is not None and key not in ("type", "vocab_size", "chat_template", *TOKENIZER_ARGUMENTS[t.type])
         if in_vain and typed(case.sources[f"tokenizer.{key}"]):
             fix = f"leave it out, or tokenizer.type={users}"
             yield Problem(f"tokenizer.{key} is of no use to {t.type}", case.at(f"tokenizer.{key}"), fix)
