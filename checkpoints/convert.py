@@ -27,6 +27,7 @@ from checkpoints.part import WHOLE, Busy, Part, Shard, Stopped, Tell, expect_fre
 from checkpoints.recognise import Found, recognise
 from checkpoints.wanted import BARE, READ, Wanted, dtypes, huggingface, make_target, nbytes, rows  # noqa: F401
 
+_WORTHWHILE = 1 << 30  # bytes: fewer are read back sooner than processes start, 3 s for torch in each
 Progress = Callable[[str, int], None]  # called with what is done ("kept", "writing", "checking") and the bytes since the last call
 
 
@@ -213,7 +214,8 @@ def _end(
     weights = target.files.folder
     part.tidy(target.files.paths())
     target.finish()
-    compare(partial(_reopened, weights, target.model, wanted), sums, lambda count: progress("checking", count), workers)
+    several = workers if sum(target.files.sizes.values()) > _WORTHWHILE else 1
+    compare(partial(_reopened, weights, target.model, wanted), sums, lambda count: progress("checking", count), several)
     source.left_out |= target.state.left_out if target.state else {}
     write_manifest(weights, source, target, wanted, sums)
     carry(weights)

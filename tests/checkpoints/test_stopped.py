@@ -27,6 +27,7 @@ from launcher.cli import app  # noqa: E402
 from launcher.errors import UserError  # noqa: E402
 from tests.checkpoints.folders import LLAMA, llama_tensors, write  # noqa: E402
 
+torch.cat([torch.empty(2, device="meta")] * 2)  # once here, and not in each process: the first takes 0.4 s
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 KINDS = {
     "hf": Wanted("hf"), "torch": Wanted("torch", tensor=2, pipeline=2), "torch_dist": Wanted("torch_dist"),
@@ -104,10 +105,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path, apart, kind):
     _convert(tmp_path, kind, "whole")
     whole, kept = _files(tmp_path / "whole"), []
     assert len([name for name in whole if name.endswith((".safetensors", ".pt", ".distcp", ".ckpt"))]) > 1 and "note.txt" in str(whole)
-    last = next(moment for moment in itertools.count(400, 400) if apart(_killed_at, moment, tmp_path, kind) == 0)
-    shutil.rmtree(tmp_path / "out")
-    step = 7 if last == 400 else 17
-    for moment in range(1, last, step):
+    for moment in range(1, 1000, 5):  # there are some 160 to 370
         if apart(_killed_at, moment, tmp_path, kind) == 0:
             break
         if (tmp_path / "out").exists():
@@ -120,7 +118,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path, apart, kind):
             assert not (tmp_path / "out.part").exists(), moment
         shutil.rmtree(tmp_path / "out")
         shutil.rmtree(tmp_path / "out.part", ignore_errors=True)
-    assert moment > 10 * step and len(set(kept)) > 3, (moment, kept)
+    assert 100 < moment < 999 and len(set(kept)) > 3, (moment, kept)
 
 
 def _yuan(*words: object, code: int = 0) -> str:
