@@ -105,6 +105,9 @@ class _TorchUnpickler(Unpickler):
         allowed = {f"torch.{name}": dtype for name, dtype in _STORAGES.items()} | {
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
+            "torch._tensor._rebuild_from_type_v2": self._marked,
+            "torch.Tensor": Inert,
+            "torch.nn.parameter.Parameter": Inert,
             "collections.OrderedDict": Names,
             "argparse.Namespace": Settings,
             "types.SimpleNamespace": Settings,
@@ -120,6 +123,12 @@ class _TorchUnpickler(Unpickler):
         if count * dtype.itemsize > size:
             raise CheckpointError(f"{self._path} is damaged: storage {key} has {size:,} bytes for {count:,} {dtype}", _AGAIN)
         return dtype, offset, size
+
+    def _marked(self, make: Any, kind: Any, given: Any, state: Any) -> Stored:
+        """A tensor with attributes, such as Megatron's marks on fp32 copies of weights, which are not needed."""
+        if make != self._tensor:
+            raise CheckpointError(f"{self._path} is damaged: what should be a tensor with marks is none", _AGAIN)
+        return self._tensor(*given)
 
     def _tensor(self, storage: tuple[torch.dtype, int, int], start: int, shape: Any, strides: Any, *_: Any) -> Stored:
         dtype, offset, size = storage
