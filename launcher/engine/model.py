@@ -25,9 +25,10 @@ def transformer_engine(recipe: Recipe) -> bool:
     """Whether Transformer Engine's layers are used: where it is installed and there is a GPU.
 
     Not with a document mask: Megatron's spec tells Transformer Engine that the mask is causal, and it looks at no other.
-    Not with Yuan's filter: it stands between the norm and the projection that Transformer Engine fuses. Not with int8 weights.
+    Not with Yuan's filter: it stands between the norm and the projection that Transformer Engine fuses. Not with int8 weights, nor
+    with adapters, whose input is what that norm gives.
     """
-    fits = recipe.model.family != "yuan2" and not recipe.data.reset_attention_mask and not recipe.model.quantize
+    fits = recipe.model.family != "yuan2" and not recipe.data.reset_attention_mask and not recipe.model.quantize and not recipe.lora.rank
     return HAVE_TE and recipe.derived.device == "cuda" and fits
 
 
@@ -63,9 +64,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
-        fp16=dtype == torch.float16,
         cpu_offloading=parallel.cpu_offloading_num_layers > 0,
         cpu_offloading_num_layers=parallel.cpu_offloading_num_layers,
+        fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -140,6 +141,8 @@ def build_chunks(recipe: Recipe, config: TransformerConfig) -> list[LanguageMode
         pre = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
         post = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
         chunk = build_chunk(recipe, config, pre, post, stage)
+        if recipe.lora.rank:
+            adapt(recipe, chunk)
         for parameter in chunk.parameters():
             mark_tensor_parallel(parameter)
         if recipe.derived.device == "cuda":
@@ -155,16 +158,16 @@ def mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:
     set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
 
 
-def wrap_data_parallel(recipe: Recipe, config: TransformerConfig, chunks: list) -> list[DistributedDataParallel]:
-    """megatron-core's data parallelism: contiguous gradient buffers, reduced in fp32 under bf16."""
+def wrap_data_parallel(recipe: Recipe, config: TransformerConfig, chunks: list) -> list:
+    """megatron-core's data parallelism: contiguous gradient buffers, reduced in fp32 under bf16; or ZeRO 2 and 3."""
     parallel = recipe.parallel
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=recipe.training.precision == "bf16",
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
     if (parallel.zero or 0) >= 2:
         wrapped = [ShardedDataParallel(config, chunk, unwrap(chunk), parallel.zero) for chunk in chunks]
         config.no_sync_func = wrapped[0].no_sync
         return wrapped
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=recipe.training.precision == "bf16",
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
