@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Literal
@@ -14,8 +14,10 @@ from checkpoints.formats.base import Source
 from checkpoints.formats.rank_files import raw_equal
 from checkpoints.models.gpt import SCALE
 from checkpoints.models.model import FREE
+from checkpoints.optimizer import group_decays
 
 _TOLD = (*FREE, "quantize")  # of no meaning here, or told by the tensors
+_OF_GROUPS = ("lr", "betas", "eps", "weight_decay", "max_lr", "min_lr")
 _BLOCK = 4 << 20  # numbers that are compared at a time
 
 
@@ -42,6 +44,34 @@ def models(first: Source, second: Source) -> dict[str, tuple[object, object]]:
     return {key: (ours[key], theirs[key]) for key in ours if key not in _TOLD and ours[key] != theirs[key]}
 
 
+def trainings(first: Source, second: Source) -> dict[str, tuple[object, object]]:
+    """What two trainings, both opened with their states, say differently of where they stand, by name; the form in which the
+    optimizer's state lies, and the layout, are no difference."""
+    ours, theirs = (_standing(source) for source in (first, second))
+    return {key: (ours.get(key), theirs.get(key)) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
+
+
+def _standing(source: Source) -> dict[str, object]:
+    state = source.state
+    if state is None:
+        return {}
+    args = vars(state.common["args"])
+    found: dict[str, object] = {"iteration": state.iteration, "optimizer's step": state.step, "grad_scaler": _plain(state.scaler)}
+    found |= {key: args.get(key) for key in ("consumed_train_samples", "consumed_valid_samples")}
+    found |= {f"opt_param_scheduler.{key}": value for key, value in state.common["opt_param_scheduler"].items()}
+    for group in state.groups:
+        decays = "with" if group_decays(group) else "without"
+        found |= {f"{key} {decays} weight decay": value for key, value in group.items() if key in _OF_GROUPS}
+    return found
+
+
+def _plain(value: object) -> object:
+    """A value without tensors, to be compared and shown."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return {key: _plain(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+
 def compare(first: Source, second: Source, progress: Callable[[int], None] = lambda count: None) -> Iterator[Compared]:
     """Every tensor of either, in the first's order; `progress` is told the bytes that were read of the first.
 
@@ -53,11 +83,14 @@ def compare(first: Source, second: Source, progress: Callable[[int], None] = lam
             continue
         if name not in ours or name not in theirs:
             yield Compared(name, "missing", f"only in {(first if name in ours else second).path}")
-        elif ours[name].shape != theirs[name].shape:
+        elif ours[name].shape != theirs[name].shape and not (first.state and ours[name].vocabulary):
             yield Compared(name, "different", f"{list(ours[name].shape)} and {list(theirs[name].shape)}")
         else:
             types = " and ".join(dict.fromkeys(NAMES.get(source.dtype(name), str(source.dtype(name))) for source in (first, second)))
-            yield _compared(name, _read(first, name, second), _read(second, name, first), types)
+            one, other = _read(first, name, second), _read(second, name, first)
+            if one.shape != other.shape:  # tables of trainings come with the rows that pad them
+                one, other = one[: first.model.vocab_size], other[: second.model.vocab_size]
+            yield _compared(name, one, other, types)
         if name in ours:
             progress(torch.Size(ours[name].shape).numel() * first.dtype(name).itemsize)
 

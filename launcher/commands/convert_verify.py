@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from checkpoints.recognise import recognise
+from checkpoints.adapters import read_note
+from checkpoints.folder import CheckpointError, holds_weights_alone
+from checkpoints.recognise import Found, recognise
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
+from launcher.recipe.check_conversion import TRAINED
 from launcher.recipe.converted import open_checkpoint, own_recipe, source_fused
+
+if TYPE_CHECKING:  # it imports torch
+    from checkpoints.formats.base import Source
 
 _SHOWN = 20  # differences, of thousands there may be
 
@@ -29,9 +36,21 @@ def compare(loaded: Loaded) -> int:
     from checkpoints import verify  # torch takes 3 s to import
 
     fused = (source_fused(asked), asked.fused_layout)
-    first, second = (open_checkpoint(loaded, found, own_recipe(found.path), how) for found, how in zip(places, fused, strict=True))
+    states = all(map(_trains, places))
+
+    def opened(states: bool) -> list[Source]:
+        return [open_checkpoint(loaded, found, own_recipe(found.path), how, states) for found, how in zip(places, fused, strict=True)]
+
+    try:
+        first, second = opened(states)
+    except CheckpointError as error:
+        if not states:
+            raise
+        first, second = opened(False)
+        typer.echo(f"optimizer  not compared: {error}")
     typer.echo(f"first      {first.path}: {first.format}, {first.model}\nsecond     {second.path}: {second.format}, {second.model}")
     said = verify.models(first, second)
+    said |= verify.trainings(first, second) if first.state else {}
     for key, (ours, theirs) in said.items():
         typer.echo(f"differs    {key}: {ours} and {theirs}")
     zeroed: dict[str, int] = {}
@@ -46,6 +65,13 @@ def compare(loaded: Loaded) -> int:
         typer.echo(f"           and {wrong - _SHOWN:,} more")
     if zeroed:
         typer.echo(f"rounded    {sum(zeroed.values()):,} numbers are 0 in one alone, in {len(zeroed):,} tensors, such as {next(iter(zeroed))}")
+    if first.state:
+        typer.echo(f"training   step {first.state.iteration:,}: with Adam's tensors and its schedule")
     alike = [f"{counts['same']:,} the same bit for bit"] + ([f"{counts['rounded']:,} but for rounding"] if counts["rounded"] else [])
     typer.echo(f"tensors    {sum(counts.values()):,}: {', '.join([*alike, f'{wrong:,} differ'])}")
     return 1 if wrong or said else 0
+
+
+def _trains(found: Found) -> bool:
+    """Whether a checkpoint may hold a training's state."""
+    return found.format in TRAINED and not holds_weights_alone(found.path) and read_note(found.path) is None
