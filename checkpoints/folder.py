@@ -44,7 +44,7 @@ def name_of(iteration: int) -> str:
 
 def iteration_of(checkpoint: Path) -> int:
     """1000 for `.../iter_0001000`; Megatron-LM's `release` counts as 0."""
-    if holds_weights_alone(checkpoint):
+    if checkpoint.name == RELEASE:
         return 0
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
@@ -53,13 +53,13 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def holds_weights_alone(checkpoint: Path) -> bool:
-    """Whether it is one that was converted: no optimizer, no random state, no step."""
-    return checkpoint.name == RELEASE
+    """Whether it is one that was converted or is another tool's, by its name: no optimizer, no random state, no step."""
+    return _NAME.fullmatch(checkpoint.name) is None
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder has the name of a checkpoint, `iter_0001000` or `release`: what it is in holds a run or a model."""
-    return bool(_NAME.fullmatch(path.name)) or holds_weights_alone(path)
+    return bool(_NAME.fullmatch(path.name)) or path.name == RELEASE
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -103,16 +103,23 @@ def newest_checkpoint(path: Path) -> Path:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     tracker, there = folder / TRACKER, ", ".join(path.name for path in whole_checkpoints(folder))
     if not tracker.is_file():
-        if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
-            raise CheckpointError(f"{path} is in Hugging Face's format: yuan convert {path} {str(path).rstrip('/')}-torch_dist")
         without = f"nothing says which checkpoint is the newest in {folder}" if there else f"there is no whole checkpoint in {path}"
-        raise CheckpointError(f"{without}: it holds no {TRACKER}" + (f" (there: {there})" if there else ""))
+        raise CheckpointError(
+            f"{without}: it holds no {TRACKER}" + (f" (there: {there})" if there else ""),
+            f"write the number of one of these into {folder / TRACKER}, or give its folder" if there else "",
+        )
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if word != RELEASE and not word.isdecimal():
-        raise CheckpointError(f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}")
+        raise CheckpointError(
+            f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}",
+            "write the number of a checkpoint that is there into it, or give its folder",
+        )
     checkpoint = folder / (RELEASE if word == RELEASE else name_of(int(word)))
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{tracker} names {checkpoint.name}, which is not there (there: {there or 'none'})")
+        raise CheckpointError(
+            f"{tracker} names {checkpoint.name}, which is not there (there: {there or 'none'})",
+            "write the number of a checkpoint that is there into it, or give its folder",
+        )
     return checkpoint
 
 
@@ -149,6 +156,13 @@ def mark_best(folder: Path, iteration: int) -> None:
     _track(folder / BEST, iteration)
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `mark_best` named last; None where it never did, or where that is gone."""
+    best = folder / BEST
+    found = folder / name_of(int(best.read_text(encoding="utf-8"))) if best.is_file() else None
+    return found if found and found.is_dir() else None
+
+
 def _track(tracker: Path, iteration: int) -> None:
     beside = tracker.with_name(tracker.name + ".part")
     beside.write_text(str(iteration), encoding="utf-8")
@@ -159,8 +173,7 @@ def _track(tracker: Path, iteration: int) -> None:
 def keep_last(folder: Path, count: int) -> list[Path]:
     """Remove all but the `count` newest whole checkpoints; never the one that the tracker names, nor the best. Returns what
     went."""
-    best = folder / BEST
-    kept = {newest_checkpoint(folder), folder / name_of(int(best.read_text(encoding="utf-8"))) if best.is_file() else None}
+    kept = {newest_checkpoint(folder), best_checkpoint(folder)}
     gone = [path for path in whole_checkpoints(folder)[: -max(count, 1)] if path not in kept]
     for path in gone:
         # Renamed first, so that a reader never meets a checkpoint that is half removed.

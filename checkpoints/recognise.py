@@ -41,16 +41,34 @@ def recognise(path: Path) -> Found:
     """
     if not path.is_dir():
         raise CheckpointError(f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder")
-    if list(path.glob("rank_*/*.ckpt")):
-        return Found(path, "mindspore", len(mindspore_ranks(path)), 1, _size(path))
-    if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
-        return Found(path, "hf", 1, 1, _size(path))
-    folder = path if _is_whole(path) else newest_checkpoint(path)
+    folder = checkpoint_in(path)
+    if _is_mindspore(folder):
+        return Found(folder, "mindspore", len(mindspore_ranks(folder)), 1, _size(folder))
+    if _is_huggingface(folder):
+        return Found(folder, "hf", 1, 1, _size(folder))
     if (folder / "metadata.json").is_file():
         return Found(folder, "torch_dist", 1, 1, _size(folder))
     if not any(RANK.fullmatch(one.name) for one in folder.iterdir()):
         raise CheckpointError(f"{folder} is in no known format: neither metadata.json nor mp_rank_* is in it")
     return Found(folder, "torch", *_grid(folder), _size(folder))
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The folder of weights that `path` means: itself, or the newest in a folder of checkpoints or of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    itself = path.is_dir() and (_is_mindspore(path) or _is_huggingface(path) or _is_whole(path))
+    return path if itself else newest_checkpoint(path)
+
+
+def _is_mindspore(path: Path) -> bool:
+    return bool(list(path.glob("rank_*/*.ckpt")))
+
+
+def _is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(one for kind in ("*.safetensors", "*.bin", "*.index.json") for one in path.glob(kind))
 
 
 def _is_whole(path: Path) -> bool:
@@ -68,7 +86,7 @@ def _grid(folder: Path) -> tuple[int, int]:
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise CheckpointError(
-            f"{folder} has no weights ({' or '.join(RANK_FILES)}) for {shown} of its {len(names)} ranks" + _instead(folder / missing[0])
+            f"{folder} has no weights ({' or '.join(RANK_FILES)}) for {shown} of its {len(names)} ranks" + _instead(folder / missing[0]), "copy the missing ranks there"
         )
     return tensor, pipeline
 
@@ -91,7 +109,7 @@ def mindspore_ranks(path: Path) -> list[Path]:
         raise CheckpointError(what, "move it elsewhere, or rename it")
     count = 1 + max(int(match[1]) for one in path.iterdir() if (match := _MINDSPORE_RANK.fullmatch(one.name)))
     if missing := [name for rank in range(count) if (name := f"rank_{rank}") not in holding]:
-        raise CheckpointError(f"{path} has no .ckpt for {', '.join(missing[:4])} of its {count} ranks")
+        raise CheckpointError(f"{path} has no .ckpt for {', '.join(missing[:4])} of its {count} ranks", "copy the missing ranks there")
     return [path / f"rank_{rank}" for rank in range(count)]
 
 

@@ -34,7 +34,7 @@ class JinjaTemplate(Template):
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
-        self._template = _compile(*_source(tokenizer))
+        self._template = _compile(*jinja_source(tokenizer))
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._signs = re.compile("|".join([_MARK.pattern, *map(re.escape, names)]))
 
@@ -94,7 +94,7 @@ def _marks(count: int) -> list[str]:
     return [f"\ue000{number}\ue001" for number in range(count)]
 
 
-def _source(tokenizer: Tokenizer) -> tuple[str, str]:
+def jinja_source(tokenizer: Tokenizer) -> tuple[str, str]:
     """The template and the file it is in."""
     for path in sorted(tokenizer.companions, key=lambda path: path.suffix != ".jinja"):
         if path.suffix == ".jinja":

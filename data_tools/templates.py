@@ -109,16 +109,16 @@ class Alpaca(Template):
     """Stanford's: a preamble, then the instruction, perhaps an input, and the answer under headings."""
 
     name = "alpaca"
-    _WITH_INPUT = (
+    WITH_INPUT = (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request."
     )
-    _WITHOUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    WITHOUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
     def pieces(self, turns: Conversation) -> Iterator[Piece]:
         yield from self._begin()
         system, rest = split_system(turns)
-        default = self._WITH_INPUT if rest and rest[0].input else self._WITHOUT
+        default = self.WITH_INPUT if rest and rest[0].input else self.WITHOUT
         yield Piece((system.text if system else default) + "\n\n")
         for number, turn in enumerate(rest):
             if turn.role == "user":

@@ -15,21 +15,25 @@ from typing import Any
 
 import torch
 
+from checkpoints.beside import companions, config_folder
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored
-from checkpoints.folder import CheckpointError, is_checkpoint
+from checkpoints.folder import CheckpointError
 from checkpoints.formats import hf
 from checkpoints.formats.base import Readable, Source
 from checkpoints.formats.dialects import core, pai, unfused, yuan
-from checkpoints.models import legacy, megatron
+from checkpoints.formats.rank_states import FLAT, bucket_of, read_states
+from checkpoints.models import legacy, megatron, published
 from checkpoints.models.layout import Foreign
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
+from checkpoints.optimizer import KINDS, PREFIX, TrainingState, read_state, with_states
 from checkpoints.recognise import RANK_FILES
 
 _LAYER = re.compile(r"((?:^|.*\.)layers\.)(\d+)(\..*)")
 _OF_TRAINING = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-_ALONE = "the training's: weights alone are converted"
+_ALONE = "the training's: weights alone are converted, unless --optimizer keep"
+_RANKS = "copy all ranks of one checkpoint, and no others, into one folder"
 _BLOCK = 64 << 20  # bytes that are compared at a time
 
 
@@ -63,7 +67,7 @@ class Shares:
         if self.tensor.axis is None:
             if other := [str(rank) for rank, share in enumerate(self.shares) if rank and not same(self.shares[0], share)]:
                 raise CheckpointError(
-                    f"{self.tensor.name} should be the same on every tensor-parallel rank, and rank {' and '.join(other)}'s is not rank 0's"
+                    f"{self.tensor.name} should be the same on every tensor-parallel rank, and rank {' and '.join(other)}'s is not rank 0's", _RANKS
                 )
             return self.shares[0].read()
         return self.tensor.join([share.read() for share in self.shares])
@@ -96,38 +100,71 @@ def _blocks(one: Readable) -> Iterator[torch.Tensor]:
 class _Found:
     """All tensors of a folder under the names that they would have on one stage, each rank's share apart."""
 
-    def __init__(self, folder: Path, tensor: int, pipeline: int):
-        self.folder, self.pipeline = folder, pipeline
+    def __init__(self, folder: Path, tensor: int, pipeline: int, states: bool = False):
+        """With `states` the optimizer's too."""
+        self.folder, self.pipeline, self.states = folder, pipeline, states
         self.shares: dict[str, tuple[Readable, ...]] = {}
         self.left_out: dict[str, str] = {}
         self.layers: list[int] = []  # of each part of the model, in the order in which it computes
         grid = [[self._rank(rank_name(t, p, pipeline)) for t in range(tensor)] for p in range(pipeline)]
+        self.grid = grid
         self.settings = vars(grid[0][0]["args"]) if isinstance(grid[0][0].get("args"), Namespace) else {}
         self.version = self._one([rank for stage in grid for rank in stage], "checkpoint_version", 0)
         self._one([rank for stage in grid for rank in stage], "iteration", 0)
         counts = {len(_models(rank)) for stage in grid for rank in stage}
         if len(counts) > 1:
             several = " and ".join(map(str, sorted(counts)))
-            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {several} parts of the model")
+            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {several} parts of the model", _RANKS)
+        parts = [[self._parts(rank, t, p) for t, rank in enumerate(stage)] for p, stage in enumerate(grid)]
         for part in range(counts.pop()):
-            for p, stage in enumerate(grid):
-                self._add(p, [dict(_flat(_models(rank)[part])) for rank in stage])
+            for p, stage in enumerate(parts):
+                self._add(p, [rank[part] for rank in stage])
 
     def _rank(self, name: str) -> dict[str, Any]:
         path = next(path for file in RANK_FILES if (path := self.folder / name / file).is_file())
         content = pickled.read(path)
         if not isinstance(content, dict) or not _models(content):
             keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-            raise CheckpointError(f"{path} holds no model, but {keys[:200]}")
+            raise CheckpointError(f"{path} holds no model, but {keys[:200]}", "give the folder of a checkpoint with its weights")
         self.left_out |= {key: _ALONE for key in _OF_TRAINING if content.get(key)}
         if path.with_name("distrib_optim.pt").is_file():
             self.left_out["distrib_optim.pt"] = _ALONE
         return content
 
+    def _parts(self, rank: dict[str, Any], t: int, p: int) -> list[dict[str, Any]]:
+        """The tensors of each part of the model on a rank, by name."""
+        parts = [dict(_flat(one)) for one in _models(rank)]
+        if not self.states or any(name.startswith("language_model.") for name in parts[0]):
+            return parts
+        folder = self.folder / rank_name(t, p, self.pipeline)
+        weights = [{name: one for name, one in part.items() if isinstance(one, (Stored, torch.Tensor)) and not _no_weight(name)} for part in parts]
+        form, states = read_states(folder, RANK_FILES[0], rank.get("optimizer") or {}, weights, bucket_of(self.settings, p))
+        self.form = form
+        return [{**part, **more} for part, more in zip(parts, states, strict=True)]
+
+    def state(self) -> TrainingState:
+        """Where the training stands.
+
+        Raises:
+            CheckpointError: the ranks' files hold no such thing.
+        """
+        last = self.grid[-1][0]  # losses that are not told yet are the last stage's
+        content = {**self.grid[0][0], **{key: last[key] for key in ("pending", "best") if key in last}}
+        random = {(p, t): rank["rng_state"] for p, stage in enumerate(self.grid) for t, rank in enumerate(stage) if rank.get("rng_state")}
+        grads = pickled.read(self.folder / rank_name(0, 0, self.pipeline) / FLAT) if self.form == "distributed" else {}
+        types = [key[1] for buffer in grads.values() if isinstance(buffer, Mapping) for key in buffer]
+        return read_state(
+            content, self.form, f"{self.folder}/{rank_name(0, 0, self.pipeline)}/{RANK_FILES[0]}", random=random,
+            grid=(self.pipeline, len(self.grid[0])), grads=types[0] if types else None,
+        )  # fmt: skip
+
     def _one(self, ranks: list[dict[str, Any]], key: str, unsaid: Any) -> Any:
         """A number that the files of all ranks should have alike."""
         if len(found := {rank.get(key, unsaid) for rank in ranks}) > 1:
-            raise CheckpointError(f"{self.folder}: its ranks are not of one checkpoint, they say {key} {' and '.join(sorted(map(str, found)))}")
+            raise CheckpointError(
+                f"{self.folder}: its ranks are not of one checkpoint, they say {key} {' and '.join(sorted(map(str, found)))}",
+                _RANKS,
+            )
         return found.pop()
 
     def _add(self, stage: int, ranks: list[dict[str, Any]]) -> None:
@@ -137,30 +174,35 @@ class _Found:
         for name in dict.fromkeys(name for rank in ranks for name in rank):
             if lacking := [t for t, rank in enumerate(ranks) if name not in rank]:
                 where = " and ".join(rank_name(t, stage, self.pipeline) for t in lacking)
-                raise CheckpointError(f"{self.folder}: {where} has no {name}, which other tensor-parallel ranks have")
+                raise CheckpointError(f"{self.folder}: {where} has no {name}, which other tensor-parallel ranks have", _RANKS)
             match = _LAYER.fullmatch(name)
             whole = f"{match[1]}{int(match[2]) + before}{match[3]}" if match else name
             self._take(whole, stage, [rank[name] for rank in ranks])
 
     def _take(self, name: str, stage: int, values: list[Any]) -> None:
-        if name.endswith("_extra_state"):
+        if why := _no_weight(name):
             if values[0] is not None:
-                self.left_out[name] = "a state of Transformer Engine's, of use with FP8 alone"
-        elif name.endswith("rotary_emb.inv_freq"):
-            self.left_out[name] = "RoPE's frequencies"
+                self.left_out[name] = why
         elif not all(isinstance(value, (Stored, torch.Tensor)) for value in values):
             self.left_out[name] = "no tensor"
         else:
             shares = tuple(value if isinstance(value, Stored) else hf.InMemory(value) for value in values)
             if any(share.shape != shares[0].shape or share.dtype != shares[0].dtype for share in shares):
                 kinds = ", ".join(f"{list(share.shape)} {share.dtype}" for share in shares)
-                raise CheckpointError(f"{self.folder}: {name} is not of one kind on all tensor-parallel ranks: {kinds}")
+                raise CheckpointError(f"{self.folder}: {name} is not of one kind on all tensor-parallel ranks: {kinds}", _RANKS)
             if name not in self.shares:
                 self.shares[name] = shares
             elif _all_same(shares, self.shares[name]):
                 self.left_out[f"{name} of stage {stage}"] = "a copy of an earlier stage's"
             else:
-                raise CheckpointError(f"{self.folder}: {name} is on two stages, and stage {stage}'s differs from the one before")
+                raise CheckpointError(f"{self.folder}: {name} is on two stages, and stage {stage}'s differs from the one before", _RANKS)
+
+
+def _no_weight(name: str) -> str:
+    """Why a name is of no weight, or nothing."""
+    if name.endswith("_extra_state"):
+        return "a state of Transformer Engine's, of use with FP8 alone"
+    return "RoPE's frequencies" if name.endswith("rotary_emb.inv_freq") else ""
 
 
 def _models(rank: Mapping[str, Any]) -> list[Any]:
@@ -190,8 +232,9 @@ def _all_same(shares: Sequence[Readable], others: Sequence[Readable]) -> bool:
 
 
 def open_source(
-    folder: Path, tensor: int, pipeline: int, model: Model | None = None, vocab_size: int | None = None, hf_config: Path | None = None
-) -> Source:
+    folder: Path, tensor: int, pipeline: int, model: Model | None = None, vocab_size: int | None = None, hf_config: Path | None = None,
+    states: bool = False,
+) -> Source:  # fmt: skip
     """A folder of `tensor` x `pipeline` files, in whichever of the dialects they are.
 
     Args:
@@ -199,41 +242,39 @@ def open_source(
             config.json beside them, say.
         vocab_size: ids before padding, where nothing there says it.
         hf_config: a folder with the model's config.json.
+        states: the optimizer's tensors too, and all rows of the vocabulary.
 
     Raises:
         CheckpointError: it is damaged, ranks do not agree, it does not hold this model, or does not say what the model is.
     """
-    found = _Found(folder, tensor, pipeline)
+    found = _Found(folder, tensor, pipeline, states)
     if any(name.startswith("language_model.") for name in found.shares):
         format, model, table = _legacy(found, tensor, model, vocab_size, hf_config)
     else:
         model = model or (_of_config(hf_config, vocab_size) if hf_config else None)
         format, model = "torch", model or megatron.model_with_ids(found.settings, f"{folder} (args)", vocab_size)
-        table = core().foreign(model)
+        table = core().foreign(_with_rows(model, found) if states else model)
     if found.version < 2 and any("query_key_value" in name or "linear_qkv" in name for name in found.shares):
-        raise CheckpointError(f"{folder} is of checkpoint_version {found.version}, whose queries, keys and values lie in an order that is not read")
+        raise CheckpointError(
+            f"{folder} is of checkpoint_version {found.version}, whose queries, keys and values lie in an order that is not read",
+            "load and save it with a Megatron-LM of 2021 or later, which writes checkpoint_version 3.0",
+        )
+    if states and format != "torch":
+        raise CheckpointError(f"{folder} is of before megatron-core: of its training the weights alone are carried", "leave out --optimizer")
     _leave_copies(found, model)
+    state = found.state() if states else None
+    if state is not None:
+        table, found.left_out = with_states(table), {key: why for key, why in found.left_out.items() if why != _ALONE} | dict(state.left_out)
     pieces = {piece.name: piece for one in table for piece in legacy.pieces(one)}
     tensors = {name: Shares(pieces.get(name, Tensor(name, ())), shares) for name, shares in found.shares.items()}
     layers = "" if len(set(found.layers)) == 1 else f", layers {', '.join(map(str, found.layers))}"
     try:
         return Source(
             format, folder, model, table, tensors, found.left_out, padded=True, layout=f"TP {tensor}, PP {pipeline}{layers}",
-            training=found.settings, companions=companions(folder),
+            training=found.settings, companions=companions(folder), state=state,
         )  # fmt: skip
     except CheckpointError as error:
-        raise CheckpointError(str(error) + _other_ranks(found.settings, tensor, pipeline)) from error
-
-
-def companions(folder: Path) -> list[Path]:
-    """The tokenizer's and Hugging Face's files in a checkpoint, as runs have them, or beside it, as Pai has them."""
-    return sorted({path for place in (folder / "tokenizer", folder / "hf", *_above(folder)) for path in hf.companions(place)})
-
-
-def _above(folder: Path) -> list[Path]:
-    """The folder that a checkpoint is in, where that is one model's: what lies beside any other folder is not its own."""
-    here = folder.absolute()  # `.` has a name too
-    return [here.parent] if is_checkpoint(here) else []
+        raise CheckpointError(str(error) + _other_ranks(found.settings, tensor, pipeline), error.fix) from error
 
 
 def _other_ranks(settings: Mapping[str, Any], tensor: int, pipeline: int) -> str:
@@ -241,12 +282,8 @@ def _other_ranks(settings: Mapping[str, Any], tensor: int, pipeline: int) -> str
     return "" if said == (tensor, pipeline) else f"\n    its settings say TP {said[0]} x PP {said[1]}, there are TP {tensor} x PP {pipeline}"
 
 
-def _config_beside(folder: Path) -> Path | None:
-    return next((place for place in (*_above(folder), folder / "hf", folder) if (place / "config.json").is_file()), None)
-
-
 def _of_config(folder: Path, vocab_size: int | None) -> Model:
-    model = hf.model_of(hf.read_config(folder), str(folder / "config.json"))
+    model = published.model_of(published.read_config(folder), str(folder / "config.json"))
     return replace(model, vocab_size=vocab_size or model.vocab_size)
 
 
@@ -257,7 +294,7 @@ def _legacy(
     shapes = {name: tuple(shares[0].shape) for name, shares in found.shares.items()}
     rows = shapes[legacy.EMBEDDING][0] * tensor if legacy.EMBEDDING in shapes else None
     ours = found.settings.get("vocab_size") if found.settings.get("family") else None  # what others' settings count is not known
-    config = config or (None if ours else _config_beside(found.folder))
+    config = config or (None if ours else config_folder(found.folder))
     if model is None and config is not None:
         model = _of_config(config, vocab_size)
         if rows and not vocab_size and model.vocab_size != rows:
@@ -265,7 +302,7 @@ def _legacy(
             raise CheckpointError(
                 f"{found.folder} has {rows} rows in its vocabulary, and {config / 'config.json'} speaks of {ids} ids: --vocab-size {ids} if the"
                 f" others are padding, --vocab-size {rows} if tokens were added"
-                + _other_ranks(found.settings, tensor, found.pipeline)
+                + _other_ranks(found.settings, tensor, found.pipeline), f"--vocab-size {ids}, or {rows}"
             )
     if model is None:
         model = legacy.model_of(found.settings, shapes, tensor, found.pipeline, f"{found.folder} (args)", vocab_size or ours)
@@ -289,5 +326,17 @@ def _leave_copies(found: _Found, model: Model) -> None:
             continue
         original = next((one for one in originals if _all_same(found.shares[name], found.shares[one])), None)
         if original is None:
-            raise CheckpointError(f"{found.folder}: {name} should be a copy of {' or '.join(originals)}, and is not")
+            raise CheckpointError(
+                f"{found.folder}: {name} should be a copy of {' or '.join(originals)}, and is not",
+                f"{_RANKS}; if the two are meant, untie_embeddings_and_output_weights has to be true in its args",
+            )
         found.left_out[name] = f"a copy of {original}"
+        for begin in (f"{PREFIX}{kind}." for kind in KINDS if f"{PREFIX}{kind}.{name}" in found.shares):
+            alike = _all_same(found.shares[begin + name], found.shares[begin + original])
+            found.left_out[begin + name] = f"a copy of {begin}{original}" if alike else f"the last stage's, which is not quite {begin}{original}"
+
+
+def _with_rows(model: Model, found: _Found) -> Model:
+    """The model with all rows of its vocabulary's tables: a training goes on with those that pad it, too."""
+    shares = found.shares.get("embedding.word_embeddings.weight")
+    return model if shares is None else replace(model, vocab_size=shares[0].shape[0] * len(shares))

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
@@ -93,6 +96,11 @@ class Tokenizer(ABC):
     def unique_identifiers(self) -> OrderedDict[str, object]:
         """What megatron-core hashes into the name of a dataset's cache: content, so that moved files keep their cache."""
         return OrderedDict(type=self.type, sha256=self.hash())
+
+
+def settings_beside(path: Path) -> tuple[Path, ...]:
+    """Hugging Face's settings that lie beside a tokenizer's file: names of tokens, and a chat template."""
+    return tuple(found for name in (CONFIG, TEMPLATE) if (found := path.with_name(name)).is_file())
 
 
 def joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

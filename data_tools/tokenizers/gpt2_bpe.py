@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_tools.errors import TokenizerError
+from data_tools.tokenizers.base import settings_beside
 from data_tools.tokenizers.huggingface import LibraryTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,5 +49,6 @@ class GPT2BPETokenizer(LibraryTokenizer):
         self.vocab_size = len(vocab)
         self.special_tokens = {END_OF_TEXT: self.eod}
         self.files = {"vocab_file": vocab_file, "merge_file": merge_file}
+        self.companions = settings_beside(vocab_file)
         self.options = {"plain_special_tokens": plain_special_tokens}
         self.settings = {"use_gigatoken": use_gigatoken}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import TokenizerError
+from data_tools.tokenizers.base import CONFIG, TEMPLATE
 from data_tools.tokenizers.gigatoken import GigatokenBatches
 
 # One thread per process: preprocessing has its workers, and threads do not survive the data loader's fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-TEMPLATE = "chat_template.jinja"
+_CONFIGS = (CONFIG, "special_tokens_map.json")
 
 
 class LibraryTokenizer(GigatokenBatches):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import TokenizerError
-from data_tools.tokenizers.base import Tokenizer, joined
+from data_tools.tokenizers.base import Tokenizer, joined, settings_beside
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -43,6 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_tokens = {self._processor.id_to_piece(i): i for i in controls}
         self.bos = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.files = {"tokenizer_model": tokenizer_model}
+        self.companions = settings_beside(tokenizer_model)
         self.options = {}
 
     def encode(self, text: str) -> list[int]:

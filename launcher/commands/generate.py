@@ -29,7 +29,7 @@ _INPUT_HELP = "JSONL with query (or prompt, text, or instruction and input) on e
 _GREEDY_HELP = "Always the likeliest token; so it is too where no option of sampling is given."
 _TOP_P_HELP = "Sample among the likeliest tokens whose probabilities add up to p."
 _PENALTY_HELP = "Above 1 makes tokens already seen less likely."
-_LOAD_HELP = "Run folder or checkpoint. Default: the newest checkpoint under runs/."
+_LOAD_HELP = "Run folder, checkpoint or Hugging Face folder. Default: the newest checkpoint under runs/."
 _OUTPUT_HELP = "One answer per line, newlines escaped; a name ending in .jsonl gets whole records. Default: output.txt."
 
 
@@ -69,6 +69,8 @@ def generate(
     ensure(Loaded(recipe, sources, loaded.name), "generate")
     for line in passed:
         typer.echo(f"warning: passed over: {line}", err=True)
+    if recipe.tokenizer.type == "NullTokenizer":
+        typer.echo("warning: no tokenizer goes with the weights: ids alone will do as text", err=True)
     typer.echo(_plan(recipe, found), err=True)
     raise typer.Exit(_run(recipe))
 

@@ -10,7 +10,8 @@ from typing import Annotated, Optional
 import typer
 
 import launcher.workers
-from checkpoints.folder import newest_checkpoint
+from checkpoints.models.tensor import padded
+from checkpoints.recognise import checkpoint_in
 from launcher.errors import UserError
 from launcher.launch.dry_run import dry_run as show_launch
 from launcher.launch.slurm import submit
@@ -24,6 +25,7 @@ from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.sample_index import described
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import parameters, trained_parameters
+from launcher.run.export import final_checkpoint, is_exported
 from launcher.run.folder import RunFolder, open_run
 
 WORKER = Path(launcher.workers.__file__).with_name("pretrain.py")
@@ -34,7 +36,10 @@ def pretrain(
     accept_changes: Annotated[bool, typer.Option("--accept-changes", help="Go on with a run whose recipe was another.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check; show the plan, the commands and the recipe; start nothing.")] = False,
 ) -> None:
-    """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run."""
+    """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run.
+
+    checkpoint.load=FOLDER starts from trained weights: a run, a Hugging Face folder, any format that `yuan convert` reads.
+    """
     loaded = load(words or [], checked=True)
     warn(ensure(loaded, "pretrain", launching=not dry_run, accept_changes=accept_changes))
     train(loaded, "pretrain", accept_changes, dry_run)
@@ -55,6 +60,7 @@ def train(loaded: Loaded, verb: str, accept_changes: bool, dry_run: bool) -> Non
         return
     folder = open_run(loaded.recipe, loaded.sources, ["yuan", *sys.argv[1:]], accept_changes)
     if _say_what_is_there(folder, loaded.recipe) and not loaded.recipe.training.eval_iters:
+        _export(loaded.recipe)
         return
     if loaded.recipe.launch.kind == "slurm":
         typer.echo(submit(loaded, folder, verb), err=True)
@@ -63,8 +69,21 @@ def train(loaded: Loaded, verb: str, accept_changes: bool, dry_run: bool) -> Non
     if code == STOPPED and _complete(folder, loaded.recipe):  # by a signal that came after the last step
         code = 0
     if code == 0 and _complete(folder, loaded.recipe):
+        _export(loaded.recipe)
         typer.echo(f"next       {_next_command(folder)}", err=True)
     raise typer.Exit(code)
+
+
+def _export(recipe: Recipe) -> None:
+    """Write checkpoint.export_hf, where it is asked for and not written yet; the first machine does it for all."""
+    if recipe.checkpoint.export_hf is None or recipe.launch.node_rank or is_exported(recipe):
+        return
+    from launcher.commands.convert import carry_out
+
+    key, target = "checkpoint.export_hf", recipe.checkpoint.export_hf
+    typer.echo(f"export     {target}", err=True)
+    words = {"convert.source": str(final_checkpoint(recipe)), "convert.target": target, "convert.to": "hf"}
+    carry_out(load([], {name: (value, key) for name, value in words.items()}, default="", checked=True))
 
 
 def plan(recipe: Recipe) -> str:
@@ -109,9 +128,11 @@ def _trained_padding(recipe: Recipe) -> int | None:
     """The padded vocabulary of the checkpoint that the training starts from; None with fresh weights."""
     start = RunFolder(recipe.run.dir).newest_checkpoint()
     if start is None and recipe.checkpoint.load:
-        start = newest_checkpoint(Path(recipe.checkpoint.load))
-    if start is None or not (start / "recipe.yaml").is_file():  # another tool's checkpoint holds no recipe
+        start = checkpoint_in(Path(recipe.checkpoint.load))
+    if start is None or recipe.derived.vocab_size is None:
         return None
+    if not (start / "recipe.yaml").is_file():  # another tool's, padded as it would be if it were converted first
+        return padded(recipe.derived.vocab_size, recipe.model.make_vocab_size_divisible_by)
     try:
         return read_frozen(start / "recipe.yaml").derived.padded_vocab_size
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds

@@ -16,32 +16,29 @@ from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints import folder as folders
+from checkpoints.adapters import NOTE, Adapters, find_base, note_of, read_note, write_note
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.dialects import unfused
-from launcher.engine import optimizer_state
+from checkpoints.models import published
+from checkpoints.recognise import checkpoint_in
+from launcher.engine import foreign, optimizer_state
+from launcher.engine.lora import is_adapter
 from launcher.engine.model import unwrap
+from launcher.engine.optimizer import holds_weights
+from launcher.engine.optimizer_state import METADATA
+from launcher.engine.sharded import ShardedDataParallel
 from launcher.engine.train import Best, Pending, TrainState
+from launcher.recipe.converted import model_of
 from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
-
-# How the state is cut into tensors. `fully_reshardable` is the one form of the distributed optimizer's state that can be
-# loaded at another TP, PP and DP; megatron-core's default cannot. `mem_efficient` gathers it in the host memory of one rank
-# per data-parallel group. Otherwise each rank would gather all of it, 24 bytes a number, by way of the GPUs' memory, 4 bytes
-# a number: a run that fits would die at its first checkpoint.
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 
 
 def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path, best: bool = False) -> Path:
     """Write the state into `folder` (a run's `checkpoints/`); whole or not at all. Every rank calls it. `best`: it is kept as the
     best one, until the next is.
 
-    `tokenizer` is the run's own copy of the tokenizer's files. Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
+    `tokenizer` is the run's own copy of the tokenizer's files, beside which those of `copy_model_files` are. Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
     """
     if recipe.parallel.overlap_param_gather:
         for chunk in state.chunks:  # the last step's weights are still shared out; the next forward pass would gather them
@@ -57,6 +54,10 @@ def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path, best:
     if first:
         write_frozen(recipe, part / "recipe.yaml")
         shutil.copytree(tokenizer, part / "tokenizer")
+        if (model_files := tokenizer.with_name("hf_config")).is_dir():
+            shutil.copytree(model_files, part / "hf")
+        if state.adapters:
+            write_note(part, state.adapters)
         folders.commit(part)
         if best:
             folders.mark_best(folder, state.iteration)
@@ -69,16 +70,26 @@ def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path, best:
 def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> None:
     """Fill the state from `checkpoint` (an iter_ folder). With `resume` everything, else as checkpoint.finetune,
     no_load_optim and no_load_rng say. Random numbers are restored where TP and PP are the same. Of a converted one
-    (`release`) there are weights alone.
+    (`release`) and of another tool's there are weights alone; those are read in any format, at any TP and PP. Adapters begin anew
+    unless the run resumes: then `checkpoint` holds them alone, and says where the weights are.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model or is damaged.
     """
+    if recipe.lora.rank:
+        state.adapters = _load_frozen(recipe, state.chunks, checkpoint, resume)
+        if not resume:
+            return
     options, weights_alone = recipe.checkpoint, folders.holds_weights_alone(checkpoint)
     with_optimizer = not weights_alone and (resume or not (options.finetune or options.no_load_optim))
     with_rng = not weights_alone and (resume or not (options.finetune or options.no_load_rng)) and same_layout(recipe, checkpoint)
-    loaded = _read(recipe, state, checkpoint, with_optimizer, with_rng)
-    _load_chunks(state.chunks, loaded)
+    if with_optimizer or with_rng or not _read_by_tensor(checkpoint):
+        loaded = _read(recipe, state, checkpoint, with_optimizer, with_rng)
+        _load_chunks(state.chunks, loaded, adapters=bool(recipe.lora.rank))
+    else:
+        settings = foreign.fill(recipe, state.chunks, checkpoint)
+        begun = {"iteration": 0, "consumed_train_samples": 0} | ({} if weights_alone else dict(settings))
+        loaded = {"iteration": begun["iteration"], "args": Namespace(**begun)}
     if with_optimizer:
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -94,13 +105,32 @@ def load(recipe: Recipe, state: TrainState, checkpoint: Path, resume: bool) -> N
 
 
 def load_weights(recipe: Recipe, chunks: list, checkpoint: Path) -> None:
-    """Fill model chunks of `build_chunks`, at any TP and PP (torch layout: the TP and PP it was saved at)."""
+    """Fill model chunks of `build_chunks` from a checkpoint of any format, at any TP and PP; adapters in it are merged, and those
+    of the chunks left as they are."""
+    if _read_by_tensor(checkpoint):
+        foreign.fill(recipe, chunks, checkpoint)
+        return
     state = TrainState(chunks, optimizer=None, scheduler=None)
     _load_chunks(chunks, _read(recipe, state, checkpoint, with_optimizer=False, with_rng=False))
 
 
+def _load_frozen(recipe: Recipe, chunks: list, checkpoint: Path, resume: bool) -> Adapters:
+    """Fill the frozen weights from `checkpoint`, or from where the run's own one says; what the run's next one is to say."""
+    settings = recipe.lora.rank, recipe.lora.alpha, recipe.lora.target_modules
+    if resume:
+        note = read_note(checkpoint)
+        if note is None:
+            raise CheckpointError(f"{checkpoint} holds no {NOTE}, and so does not say which weights its adapters stand beside")
+        load = recipe.checkpoint.load
+        checkpoint = find_base(checkpoint, note, Path(load) if load else None)
+    load_weights(recipe, chunks, checkpoint)
+    return note_of(checkpoint, *settings)
+
+
 def same_layout(recipe: Recipe, checkpoint: Path) -> bool:
-    """Whether the checkpoint was saved at this recipe's TP and PP, and on its kind of device."""
+    """Whether the checkpoint was saved at this recipe's TP and PP, and on its kind of device, and holds its random numbers."""
+    if "rng_state" in folders.manifest(checkpoint).get("left_out", {}):
+        return False
     saved = _saved_recipe(checkpoint)
     if saved is None:
         return True
@@ -117,6 +147,18 @@ def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
     tokenizer = tokenizer_of(recipe.tokenizer)
     for path in (*tokenizer.files.values(), *tokenizer.companions):
         shutil.copy2(path, folder / Path(path).name)
+
+
+def copy_model_files(recipe: Recipe, folder: Path) -> None:
+    """Keep the config.json that the weights came with, and what else describes the model at Hugging Face, for the way back."""
+    if folder.is_dir() or recipe.checkpoint.load is None:
+        return
+    start = checkpoint_in(Path(recipe.checkpoint.load))
+    place = start / "hf" if (start / "hf").is_dir() else start
+    if (place / "config.json").is_file() and published.describes(place, model_of(recipe)):
+        folder.mkdir()
+        for path in published.model_files(place):
+            shutil.copy2(path, folder / path.name)
 
 
 # ---- what is saved ---------------------------------------------------------------------------------------------------
@@ -174,17 +216,32 @@ def _chunk_keys(chunks: list) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
 
 
-def _load_chunks(chunks: list, loaded: dict) -> None:
+def _load_chunks(chunks: list, loaded: dict, adapters: bool = False) -> None:
+    """Fill the chunks' adapters, or all but these."""
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         try:
-            unwrap(chunk).load_state_dict(loaded[key])
+            if isinstance(chunk, ShardedDataParallel):
+                chunk.load_rows(loaded.get(key, {}))
+                continue
+            missing, more = unwrap(chunk).load_state_dict(loaded.get(key, {}), strict=False)
+            if wrong := [name for name in missing if is_adapter(name) == adapters] + more:
+                raise RuntimeError(f"missing or left over: {', '.join(wrong)}")
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint's tensors are not this model's: {error}") from error
 
 
+def _read_by_tensor(checkpoint: Path) -> bool:
+    """Whether its weights are read one by one: other formats, and adapters, which are merged into what they stand beside."""
+    return not _is_torch_dist(checkpoint) or (checkpoint / NOTE).is_file()
+
+
+def _is_torch_dist(checkpoint: Path) -> bool:
+    return (checkpoint / "metadata.json").is_file()
+
+
 def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: bool, with_rng: bool) -> dict:
     register_safe_globals()
-    read = _read_torch_dist if (checkpoint / "metadata.json").is_file() else _read_torch
+    read = _read_torch_dist if _is_torch_dist(checkpoint) else _read_torch
     try:
         loaded = read(recipe, state, checkpoint, with_optimizer, with_rng)
         if (kind := getattr(loaded["args"], "quantize", None)) != recipe.model.quantize:  # torch would have turned int8 into bf16
@@ -208,16 +265,22 @@ def _saved_recipe(checkpoint: Path) -> Recipe | None:
 
 
 def _sharded_state(recipe: Recipe, state: TrainState, loading: bool, with_optimizer: bool, with_rng: bool) -> dict:
-    """The state as megatron-core's sharded tensors: each knows its place in the whole tensor."""
+    """The state as megatron-core's sharded tensors: each knows its place in the whole tensor. Of a model with adapters these, which
+    go with the optimizer, or without it the frozen weights."""
     metadata = METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     sharded = _common(recipe, state)
     for key, chunk in zip(_chunk_keys(state.chunks), state.chunks, strict=True):
-        sharded[key] = unwrap(chunk).sharded_state_dict(metadata=metadata)
+        keeper = chunk if isinstance(chunk, ShardedDataParallel) else unwrap(chunk)
+        whole = keeper.sharded_state_dict(metadata=metadata)
+        adapters = with_optimizer and bool(recipe.lora.rank)
+        sharded[key] = {name: entry for name, entry in whole.items() if is_adapter(name) == adapters}
     if with_optimizer:
         models = {key: sharded[key] for key in _chunk_keys(state.chunks)}
         sharded["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         if sharded["optimizer"].get("param_state", ()) is None:
             del sharded["optimizer"]["param_state"]  # data-parallel rank 0 alone gathered it, and saves it
+        if loading and holds_weights(state.optimizer):
+            sharded |= dict.fromkeys(models, {})
     if with_rng:
         sharded["rng_state"] = ShardedObject(
             "rng_state",

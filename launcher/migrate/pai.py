@@ -191,22 +191,18 @@ def deepspeed(call: Call) -> Migration:
     r.line("TRAIN_DATASET_PATH", {"data.train": r.text("TRAIN_DATASET_PATH")}, trap=traps.LOSS_OF_PADDING)
     r.line("VALID_DATASET_PATH", {"data.valid": r.text("VALID_DATASET_PATH")}, trap=traps.NEVER_EVALUATES)
     _load_hugging_face(r)
-    output(r, "sft")
+    output(r, "sft", to_hf=True)
     r.fixed("optimizer", "", ADAM | {"optimizer.lr_decay_style": "constant"}, note="its schedule: no warm-up, a constant rate")
     note = "its rows have no template; here the answer follows the question on a line of its own, and an input is read too"
     r.fixed("template", "none", {"tokenizer.chat_template": "plain"}, note=note)
     r.fixed("saving", "500", {"checkpoint.save_interval": 500}, trap=traps.SAVES_NOTHING)
-    migration = r.done("sft", "sft_deepspeed", "Fine-tuning of")
-    migration.first = "convert"
-    return migration
+    return r.done("sft", "sft_deepspeed", "Fine-tuning of")
 
 
 def _load_hugging_face(r: Reader) -> None:
-    """PRETRAIN_CHECKPOINT_PATH in Hugging Face's format, which is converted first."""
+    """PRETRAIN_CHECKPOINT_PATH in Hugging Face's format, and the way back to it."""
     path = r.text("PRETRAIN_CHECKPOINT_PATH").rstrip("/")
-    became = {"convert.source": path, "convert.target": f"{path}-torch_dist", "convert.to": "torch_dist"}
-    became |= {"checkpoint.load": f"{path}-torch_dist", "checkpoint.finetune": True}
+    became = {"checkpoint.load": path, "checkpoint.finetune": True}
     became |= {"tokenizer.type": "SentencePieceTokenizer", "tokenizer.tokenizer_model": f"{path}/tokenizer.model"}
     trap = traps.NEW_CONFIGURATION + (traps.HEADS_OF_70B if r.text("MODEL_SIZE") == "70B" else "")
-    note = "Hugging Face's weights are converted first: `yuan convert` with this recipe"
-    r.line("PRETRAIN_CHECKPOINT_PATH", became, note=note, trap=trap)
+    r.line("PRETRAIN_CHECKPOINT_PATH", became, note="Hugging Face's folder, as it is", trap=trap)

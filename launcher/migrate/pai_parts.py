@@ -182,7 +182,7 @@ def load(r: Reader) -> None:
     r.line("PRETRAIN_CHECKPOINT_PATH", became, note=note, trap=traps.ALWAYS_ANEW)
 
 
-def output(r: Reader, what: str) -> None:
-    """OUTPUT_BASEPATH: the run's folder is one below it."""
+def output(r: Reader, what: str, to_hf: bool = False) -> None:
+    """OUTPUT_BASEPATH: the run's folder is one below it, and beside that, with `to_hf`, what it comes to in Hugging Face's format."""
     path = f"{r.text('OUTPUT_BASEPATH').rstrip('/')}/llama2_{r.text('MODEL_SIZE').lower()}_{what}"
-    r.line("OUTPUT_BASEPATH", {"run.dir": path}, trap=traps.SAME_FOLDER)
+    r.line("OUTPUT_BASEPATH", {"run.dir": path} | ({"checkpoint.export_hf": f"{path}_hf"} if to_hf else {}), trap=traps.SAME_FOLDER)

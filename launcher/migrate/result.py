@@ -41,7 +41,6 @@ class Migration:
         command: the old command, one string.
         lines: what became of every argument, in their order.
         needs: what must be there to run it.
-        first: a verb to run before, with the same recipe; empty where there is none.
     """
 
     verb: str
@@ -51,7 +50,6 @@ class Migration:
     command: str
     lines: list[Line]
     needs: str = ""
-    first: str = ""
 
     def __post_init__(self) -> None:
         self.name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.name).strip("._") or "migrated"
@@ -59,7 +57,7 @@ class Migration:
     @property
     def use(self) -> str:
         """The command that uses the recipe."""
-        return " && ".join(f"yuan {verb} recipe={self.name}" for verb in (self.first, self.verb) if verb)
+        return f"yuan {self.verb} recipe={self.name}"
 
     @property
     def values(self) -> dict[str, Any]:

@@ -46,6 +46,7 @@ _TRAINING: tuple[Check, ...] = (
     check_schedule.rampup,
     check_data.tokenizer,
     check_checkpoint.load,
+    check_checkpoint.export,
     check_lora.lora,
     check_lora.base,
     check_run.folder,

@@ -7,8 +7,10 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints.adapters import find_base, read_note
-from checkpoints.folder import CheckpointError, newest_checkpoint
+from checkpoints.adapters import find_bases
+from checkpoints.beside import beside
+from checkpoints.folder import CheckpointError
+from checkpoints.recognise import checkpoint_in, recognise
 from launcher.recipe.problem import Case, Problem
 
 _EXAMPLE = '{"query": "What is a list?"}'
@@ -19,9 +21,10 @@ def checkpoint(case: Case) -> Iterator[Problem]:
     if case.recipe.generate.load is None:
         return
     try:
-        found = newest_checkpoint(Path(case.recipe.generate.load))
-        if note := read_note(found):
-            find_base(found, note)
+        found = checkpoint_in(Path(case.recipe.generate.load))
+        if not (found / "recipe.yaml").is_file():
+            beside(recognise(found))
+        find_bases(found)
     except CheckpointError as error:
         yield Problem(str(error), case.at("generate.load"), error.fix or "generate.load=RUN_OR_CHECKPOINT")
 

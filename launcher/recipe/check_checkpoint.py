@@ -1,17 +1,25 @@
-"""Checks of the checkpoint that a training starts from."""
+"""Checks of the checkpoint that a training starts from, and of the Hugging Face folder that it ends with."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoints.folder import CheckpointError, has_checkpoints, holds_weights_alone, newest_checkpoint
+from checkpoints.beside import beside
+from checkpoints.folder import CheckpointError, has_checkpoints, holds_weights_alone
+from checkpoints.models import published
+from checkpoints.models.model import FREE, Model
+from checkpoints.recognise import Found, checkpoint_in, recognise
+from launcher.recipe.check_run import existing, gib, writable
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
+from launcher.recipe.size import parameters
 from launcher.run.changes import changed_keys, changed_model, refusals
+from launcher.run.export import is_exported
 
 
 def load(case: Case) -> Iterator[Problem]:
@@ -21,12 +29,13 @@ def load(case: Case) -> Iterator[Problem]:
     if path is None or (run and has_checkpoints(Path(run) / "checkpoints")):
         return
     try:
-        checkpoint = newest_checkpoint(Path(path))
+        checkpoint = checkpoint_in(Path(path))
     except CheckpointError as error:
         yield Problem(str(error), case.at("checkpoint.load"), "checkpoint.load=RUN_OR_CHECKPOINT, or null for fresh weights")
         return
     if not (checkpoint / "recipe.yaml").is_file():
-        return  # another tool's: what it holds only the engine can tell
+        yield from _foreign(case, checkpoint)
+        return
     try:
         saved = read_frozen(checkpoint / "recipe.yaml")
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
@@ -44,7 +53,7 @@ def _fits(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
     for key, why in refusals(saved, case.recipe, not weights).items():
         before = _word(changes[key][0])
         fix = f"{key}={before}"
-        if key in ("training.precision", "parallel.use_distributed_optimizer"):
+        if key in ("training.precision", "parallel.use_distributed_optimizer", "parallel.zero"):
             fix += ", or checkpoint.no_load_optim=true for its weights alone"
         yield Problem(f"{checkpoint} has {key}={before}: {why}", case.at("checkpoint.load", key), fix)
     if others := changed_model(saved, case.recipe):
@@ -52,6 +61,55 @@ def _fits(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
         what = f"{checkpoint} loads, but was trained with another model:{listed}"
         fix = ", ".join(f"{change.key}={_word(change.before)}" for change in others)
         yield Problem(what, case.at("checkpoint.load"), f"{fix}; or leave it if the change is meant", "warning")
+
+
+def _foreign(case: Case, checkpoint: Path) -> Iterator[Problem]:
+    """Another tool's: what lies beside the weights is the recipe's model; what is in them the engine sees."""
+    options, config = case.recipe.checkpoint, case.recipe.convert.hf_config
+    try:
+        found = recognise(checkpoint)
+        said = beside(found, Path(config) if config else None)
+    except CheckpointError as error:
+        yield Problem(str(error), case.at("checkpoint.load"), error.fix or "checkpoint.load=RUN_OR_CHECKPOINT, or null for fresh weights")
+        return
+    if found.format == "torch" and not (options.finetune or options.no_load_optim or holds_weights_alone(checkpoint)):
+        yield from _ranks(case, found)
+    if said.model is None:
+        return
+    theirs, mine = vars(said.model), vars(case.recipe.model)
+    others = {key: theirs[key] for key in theirs if key in mine and key not in (*FREE, "quantize") and mine[key] != theirs[key]}
+    longer = {key: others.pop(key) for key in ("max_position_embeddings",) if key in others and said.model.position_embedding_type == "rope"}
+    for values, severity, more in ((others, "error", ""), (longer, "warning", ", or leave it if the change is meant")):
+        if values:
+            listed = "".join(f"\n    model.{key}: {_word(value)} there, {_word(mine[key])} here" for key, value in values.items())
+            fix = " ".join(f"model.{key}={_word(value)}" for key, value in values.items()) + more
+            yield Problem(f"{said.where} is of another model:{listed}", case.at("checkpoint.load"), fix, severity, by_itself=True)  # type: ignore[arg-type]
+    if said.model.quantize:
+        yield Problem(f"{found.path} has weights in {said.model.quantize}, which are for answers alone", case.at("checkpoint.load"), "the weights before")
+    yield from _ids(case, said.model.vocab_size, said.where)
+
+
+def _ranks(case: Case, found: Found) -> Iterator[Problem]:
+    """The optimizer's state lies in a file per rank, for the layout that wrote it."""
+    parallel = case.recipe.parallel
+    if (found.tensor, found.pipeline) != (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size):
+        yield Problem(
+            f"{found.path} is of TP {found.tensor} and PP {found.pipeline}, and its optimizer's state is for that layout alone",
+            case.at("checkpoint.load", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+            "checkpoint.finetune=true for its weights alone, at any layout; or that layout",
+        )
+
+
+def _ids(case: Case, rows: int, where: str) -> Iterator[Problem]:
+    """The tables have a row for each id of the text, and no id is lost on the way back."""
+    ids, tokenizer = case.recipe.derived.vocab_size, case.recipe.tokenizer
+    if ids is None or ids == rows:
+        return
+    if tokenizer.type == "NullTokenizer" or ids < rows or case.given("tokenizer.vocab_size"):
+        fix = f"tokenizer.vocab_size={rows - 1 if tokenizer.type == 'NullTokenizer' else rows}"
+    else:
+        fix = "the tokenizer that the model was made with"
+    yield Problem(f"{where} speaks of {rows} ids, and the tokenizer has {ids}", case.at("checkpoint.load", "tokenizer.vocab_size"), fix)
 
 
 def _word(value: Any) -> str:
@@ -76,3 +134,25 @@ def _tokenizer(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]
             f"the tokenizer in {checkpoint}/tokenizer" + ("" if finetune else ", or checkpoint.finetune=true for a new vocabulary"),
             "warning" if finetune else "error",
         )
+
+
+def export(case: Case) -> Iterator[Problem]:
+    """checkpoint.export_hf is free, on a disk with room, and Hugging Face has this kind of model: told before the training."""
+    recipe, where = case.recipe, case.at("checkpoint.export_hf")
+    if recipe.checkpoint.export_hf is None or is_exported(recipe):
+        return
+    target = Path(recipe.checkpoint.export_hf)
+    if target.is_file() or target.is_dir() and any(target.iterdir()):
+        yield Problem(f"{target} is there already", where, "give another checkpoint.export_hf, or move that away")
+    elif not writable(there := existing(target.parent)):
+        yield Problem(f"{target} cannot be made: {there} cannot be written", where, "checkpoint.export_hf=A_FOLDER")
+    if any(case.value(f"model.{key}") is None for key in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size")):
+        return  # told by `required`
+    size = parameters(recipe) * (4 if recipe.training.precision == "fp32" else 2) if recipe.derived.padded_vocab_size else 0
+    if size > (free := shutil.disk_usage(existing(target.parent)).free):
+        what = f"{target} takes {gib(size)}, and {gib(free)} are free there"
+        yield Problem(what, where, "checkpoint.export_hf on a larger disk", "error" if case.launching else "warning")
+    try:
+        published.foreign(Model.of(vars(recipe.model), "the recipe", vocab_size=recipe.derived.vocab_size or 1))
+    except CheckpointError as error:
+        yield Problem(str(error), where, "checkpoint.export_hf=null; `yuan convert` has other formats")

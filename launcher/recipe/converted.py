@@ -1,8 +1,9 @@
-"""The recipe that goes with converted weights, so that they can be trained and asked without another file."""
+"""The recipe that goes with weights of another tool's, so that they can be trained and asked without another file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from launcher.recipe.frozen import read_frozen
 from launcher.recipe.inference import describes_model
 from launcher.recipe.load import Loaded
 from launcher.recipe.resolve import keep_padded_vocabulary, resolve
-from launcher.recipe.schema import Checkpoint, Convert, Data, Derived, Generate, Launch, Parallel, Recipe, Run, Slurm, Tokenizer
+from launcher.recipe.schema import Checkpoint, Convert, Data, Derived, Generate, Launch, Lora, Parallel, Recipe, Run, Slurm, Tokenizer
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
 
 if TYPE_CHECKING:  # it imports torch
     from checkpoints.formats.base import Source
+    from checkpoints.optimizer import TrainingState
 
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout")
 # What a Hugging Face folder's files make, the first that is there; Yuan's ids are SentencePiece's alone.
 _TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("HuggingFaceTokenizer", {"tokenizer_model": "tokenizer.json"}),
@@ -58,8 +61,8 @@ def model_of(recipe: Recipe) -> Model:
     return Model.of(vars(recipe.model), f"recipe {recipe.run.name}", vocab_size=recipe.derived.vocab_size)
 
 
-def open_checkpoint(loaded: Loaded, found: Found, base: Recipe | None, fused_layout: str | None) -> Source:
-    """A checkpoint, with what the named recipe and the options of `yuan convert` say of it.
+def open_checkpoint(loaded: Loaded, found: Found, base: Recipe | None, fused_layout: str | None, states: bool = False) -> Source:
+    """A checkpoint, with what the named recipe and the options of `yuan convert` say of it; with `states` its training's too.
 
     Raises:
         CheckpointError: it is damaged, or something is not said that nobody should guess.
@@ -72,7 +75,7 @@ def open_checkpoint(loaded: Loaded, found: Found, base: Recipe | None, fused_lay
 
         agree_layout(found.path, fused_layout)
     hf_config = Path(asked.hf_config) if asked.hf_config else None
-    return open_source(found, source_model(loaded, base, found), asked.vocab_size, fused_layout, hf_config)  # type: ignore[arg-type]
+    return open_source(found, source_model(loaded, base, found), asked.vocab_size, fused_layout, hf_config, states)  # type: ignore[arg-type]
 
 
 def source_model(loaded: Loaded, base: Recipe | None, found: Found) -> Model | None:
@@ -116,67 +119,99 @@ def find_tokenizer(loaded: Loaded, source: Source, base: Recipe | None) -> Token
     Raises:
         data_tools.errors.TokenizerError: the recipe names one whose files are missing.
     """
-    from data_tools.errors import TokenizerError
-
     if base is not None:
         settings = with_copies(base.tokenizer, source.path / "tokenizer")
     elif any(key.startswith("tokenizer.") and where not in ("default", "derived") for key, where in loaded.sources.items()):
         settings = loaded.recipe.tokenizer
     else:
-        settings = _beside(source)
-        try:
-            tokenizer_of(settings)
-        except TokenizerError as error:
-            ids = Tokenizer(type="NullTokenizer", vocab_size=source.model.vocab_size - 1)
-            return TokenizerFound(ids, (), str(error.what))
+        settings, why = tokenizer_beside(source.companions, source.model, source.path)
+        if why:
+            return TokenizerFound(settings, (), why)
     built = tokenizer_of(settings)
     return TokenizerFound(settings, (*map(Path, built.files.values()), *built.companions))
 
 
-def _beside(source: Source) -> Tokenizer:
-    there = {path.name: str(path) for path in source.companions}
-    kinds = (("YuanTokenizer", {"tokenizer_model": "tokenizer.model"}),) if source.model.family == "yuan2" else _TOKENIZERS
+def tokenizer_beside(companions: Sequence[Path], model: Model, folder: Path) -> tuple[Tokenizer, str]:
+    """What the files beside the weights in `folder` make, with the chat template that lies among them; where they make none,
+    one that takes ids for text, and why."""
+    from data_tools.errors import TokenizerError
+    from data_tools.jinja_texts import template_beside
+
+    settings = _named(companions, model, folder)
+    try:
+        settings.chat_template = template_beside(tokenizer_of(settings))  # type: ignore[assignment]
+    except TokenizerError as error:
+        return Tokenizer(type="NullTokenizer", vocab_size=model.vocab_size - 1), str(error.what)
+    return settings, ""
+
+
+def _named(companions: Sequence[Path], model: Model, folder: Path) -> Tokenizer:
+    there = {path.name: str(path) for path in companions}
+    kinds = (("YuanTokenizer", {"tokenizer_model": "tokenizer.model"}),) if model.family == "yuan2" else _TOKENIZERS
     for kind, names in kinds:
         if all(name in there for name in names.values()):
             return Tokenizer(type=kind, **{key: there[name] for key, name in names.items()})  # type: ignore[arg-type]
-    return Tokenizer(type="HuggingFaceTokenizer", tokenizer_model=str(source.path / "tokenizer.json"))
+    return Tokenizer(type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer.json"))
 
 
 def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: Tokenizer, precision: str, padded: int) -> Recipe:
     """A resolved recipe of the converted model: what `base` (the run it is of) or the named recipe says of training it, the
-    source's own numbers, and nothing of machines, data and runs.
+    source's own numbers, and nothing of machines, data and runs; these, too, where the training goes along.
 
     `padded` are the rows of the vocabulary's tables as written.
     """
     recipe = base or (loaded.recipe if describes_model(loaded) else Recipe())
-    for field in fields(source.model):
-        free = field.name in FREE and recipe.model.num_layers is not None
-        if hasattr(recipe.model, field.name) and not free:
-            setattr(recipe.model, field.name, getattr(source.model, field.name))
     asked = loaded.recipe.convert
-    for group, fresh in _fresh(asked).items():
-        setattr(recipe, group, fresh)
-    recipe.tokenizer = tokenizer
-    if tokenizer.type != "NullTokenizer":
-        recipe.tokenizer.vocab_size = source.model.vocab_size
-    recipe.training.precision = precision  # type: ignore[assignment]
-    recipe.training.seq_length = recipe.training.seq_length or source.model.max_position_embeddings
-    recipe.training.micro_batch_size = recipe.training.micro_batch_size or 1
+    for group, changed in (_fresh(asked) if source.state is None else _going_on(asked, recipe, source.state)).items():
+        setattr(recipe, group, changed)
+    describe(recipe, source.model, tokenizer, precision)
     resolve(recipe, {}, recipe.run.name)
     recipe.derived.vocab_size = source.model.vocab_size
     keep_padded_vocabulary(recipe, padded)
     return recipe
 
 
+def describe(recipe: Recipe, model: Model, tokenizer: Tokenizer, precision: str) -> None:
+    """Write into `recipe` what a model is, of whose training it may know something already."""
+    trained = recipe.model.num_layers is not None
+    for field in fields(model):
+        if hasattr(recipe.model, field.name) and not (field.name in FREE and trained):
+            setattr(recipe.model, field.name, getattr(model, field.name))
+    recipe.tokenizer = tokenizer
+    if tokenizer.type != "NullTokenizer":
+        recipe.tokenizer.vocab_size = model.vocab_size
+    recipe.training.precision = precision  # type: ignore[assignment]
+    recipe.training.seq_length = recipe.training.seq_length or model.max_position_embeddings
+    recipe.training.micro_batch_size = recipe.training.micro_batch_size or 1
+
+
+def _going_on(asked: Convert, recipe: Recipe, state: TrainingState) -> dict[str, Any]:
+    """The training that goes along, at the layout of what is written; torch_dist's is the one that saved it."""
+    args, parallel = vars(state.common["args"]), recipe.parallel
+    distributed = state.form if asked.optimizer == "keep" else asked.optimizer
+    tp, pp = state.grid[::-1]
+    keys = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp} if asked.to == "torch_dist" else {
+        **{key: getattr(asked, key) for key in (*LAYOUT, "num_layers_per_virtual_pipeline_stage")},
+        "decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None,
+    }  # fmt: skip
+    sequence_parallel = bool(args.get("sequence_parallel")) and keys["tensor_model_parallel_size"] > 1
+    parallel = replace(parallel, **keys, sequence_parallel=sequence_parallel, use_distributed_optimizer=distributed == "distributed")
+    launch = replace(recipe.launch, nproc_per_node=parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size, nnodes=1)
+    return {
+        "parallel": parallel, "launch": launch, "convert": Convert(), "checkpoint": replace(recipe.checkpoint, format=asked.to),
+        "run": Run(name=Path(asked.target or "").name), "derived": Derived(device=recipe.derived.device),
+    }  # fmt: skip
+
+
 def _fresh(asked: Convert) -> dict[str, Any]:
     """Nothing of the training that the model comes from; the layout is that of the files where these have one."""
     parallel, checkpoint, launch = Parallel(), Checkpoint(), Launch()
     if asked.to == "torch":
-        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
+        for key in (*LAYOUT, "num_layers_per_virtual_pipeline_stage"):
             setattr(parallel, key, getattr(asked, key))
         checkpoint.format = "torch"
         launch.nproc_per_node = asked.tensor_model_parallel_size * asked.pipeline_model_parallel_size
     return {
         "parallel": parallel, "data": Data(), "checkpoint": checkpoint, "launch": launch, "slurm": Slurm(),
-        "run": Run(name=Path(asked.target or "").name), "generate": Generate(), "convert": Convert(), "derived": Derived(),
+        "run": Run(name=Path(asked.target or "").name), "lora": Lora(), "generate": Generate(), "convert": Convert(), "derived": Derived(),
     }  # fmt: skip

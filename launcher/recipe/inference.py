@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from checkpoints.beside import beside
 from checkpoints.folder import TRACKER, CheckpointError, newest_checkpoint
+from checkpoints.models.tensor import padded as padded_rows
+from checkpoints.recognise import checkpoint_in, recognise
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
 from launcher.recipe.frozen import read_frozen
@@ -49,9 +52,9 @@ def find_checkpoint(loaded: Loaded, runs: Path = Path("runs")) -> tuple[Path, li
 
 def _of(path: Path, where: str) -> Path:
     try:
-        return newest_checkpoint(path)
+        return checkpoint_in(path)
     except CheckpointError as error:
-        raise UserError(str(error), where, "give a run folder, a checkpoints folder or an iter_ folder: --load PATH") from None
+        raise UserError(str(error), where, "give a run folder, a checkpoints folder, an iter_ folder or a Hugging Face folder: --load PATH") from None
 
 
 def describes_model(loaded: Loaded) -> bool:
@@ -64,7 +67,7 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
     """The checkpoint's own recipe with the layout and the sampling that `loaded` asks for, resolved; and the sources.
 
     One process per TP x PP on this machine unless `launch.*` asks for more. A checkpoint without a recipe of its own
-    is described by the named recipe.
+    is described by the named recipe, or by what lies beside the weights.
 
     Raises:
         UserError: the checkpoint cannot be read, or something was given that is fixed by the checkpoint.
@@ -73,7 +76,7 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
     taken = _taken(loaded, base is asked)
     sources = dict.fromkeys(loaded.sources, FROM_CHECKPOINT)
     sources |= {key: source for key, source in loaded.sources.items() if key in taken or key.startswith("generate.")}
-    trained, padded = base.parallel, base.derived.padded_vocab_size
+    trained, rows = base.parallel, base.derived.padded_vocab_size
     base.generate, base.derived, base.lora = asked.generate, Derived(), Lora()  # adapters are merged when they are loaded
     base.generate.load = str(checkpoint)
     base.parallel = Parallel(**{key: getattr(trained, key) for key in LAYOUT_KEYS})
@@ -88,25 +91,39 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
     if "launch.nproc_per_node" not in taken:
         ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         base.launch.nproc_per_node = max(1, ranks // max(1, base.launch.nnodes))
-    _refuse_other_layout(base, trained, checkpoint)
     _use_copied_tokenizer(base, checkpoint)
     _choose_greedy(base, loaded.sources)
     resolve(base, sources, base.run.name or loaded.name)
-    keep_padded_vocabulary(base, padded)
+    keep_padded_vocabulary(base, rows)
     return base, sources
 
 
 def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
-        if describes_model(loaded):
-            return loaded.recipe
-        fix = f"name the recipe that describes its model: recipe=NAME; of another tool's format: yuan convert {checkpoint} NEW_FOLDER"
-        raise UserError("the checkpoint holds no recipe of its own", str(path), fix)
+        return loaded.recipe if describes_model(loaded) else _described(checkpoint, loaded)
     try:
         return read_frozen(path)
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
         raise UserError(f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}", str(path)) from error
+
+
+def _described(checkpoint: Path, loaded: Loaded) -> Recipe:
+    """The recipe of another tool's weights, from what lies beside them."""
+    from launcher.recipe.converted import describe, tokenizer_beside
+
+    config = loaded.recipe.convert.hf_config
+    try:
+        said = beside(recognise(checkpoint), Path(config) if config else None)
+    except CheckpointError as error:
+        raise UserError(str(error), f"generate.load ({checkpoint})", error.fix) from None
+    if said.model is None:
+        fix = "name the recipe that describes its model, recipe=NAME, or a folder with its config.json: convert.hf_config=FOLDER"
+        raise UserError("the checkpoint holds no recipe of its own, and nothing beside it says what model it is", str(checkpoint), fix)
+    recipe = Recipe()
+    describe(recipe, said.model, tokenizer_beside(said.companions, said.model, checkpoint)[0], said.precision or "fp32")
+    recipe.derived.padded_vocab_size = padded_rows(said.model.vocab_size, recipe.model.make_vocab_size_divisible_by)
+    return recipe
 
 
 def _taken(loaded: Loaded, described: bool) -> list[str]:
@@ -129,17 +146,6 @@ def _taken(loaded: Loaded, described: bool) -> list[str]:
             faults.append(UserError(f"{key} is fixed by the checkpoint", given[key], fix))
     raise_all(faults)
     return sorted(key for key in free if not key.startswith("generate."))
-
-
-def _refuse_other_layout(recipe: Recipe, trained: Parallel, checkpoint: Path) -> None:
-    """The torch layout holds one file per TP and PP rank."""
-    if recipe.checkpoint.format != "torch" or (checkpoint / "metadata.json").is_file():
-        return
-    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    changed = [key for key in layout if getattr(trained, key) != getattr(recipe.parallel, key)]
-    if changed:
-        what = "a checkpoint of the torch format is loaded at the TP and PP that saved it"
-        raise UserError(what, str(checkpoint), " ".join(f"parallel.{key}={getattr(trained, key)}" for key in changed))
 
 
 def _use_copied_tokenizer(recipe: Recipe, checkpoint: Path) -> None:

@@ -36,7 +36,7 @@ class Loaded:
     Attributes:
         recipe: typed and resolved: derived values are filled.
         sources: for every dotted key, where its value came from: a recipe's file, `command line`, an option
-            such as `--input`, `derived` or `default`.
+            such as `--input`, a file of the checkpoint that a training starts from, `derived` or `default`.
         name: the recipe's name, without folder and suffix.
         faults: what is wrong with single keys; others' values, or defaults, stand for theirs. Empty unless asked for.
     """
@@ -78,6 +78,10 @@ def load(
     recipe = _typed(config, sources, faults)
     if not checked or any(isinstance(fault, Unread) for fault in faults):
         raise_all(faults)
+    if recipe.checkpoint.load:
+        from launcher.recipe.start import take
+
+        take(recipe, sources, path.stem)
     resolve(recipe, sources, path.stem)
     return Loaded(recipe, sources, path.stem, tuple(faults))
 

@@ -103,7 +103,7 @@ def refusals(saved: Recipe, new: Recipe, with_optimizer: bool = True) -> dict[st
             why[key] = "the weights would be cut into other heads"
         elif key in TURNED_ON and after == TURNED_ON[key]:
             why[key] = "the checkpoint has no tensors for it"
-        elif key in LAYOUT_KEYS and saved.checkpoint.format == "torch":
+        elif key in LAYOUT_KEYS and saved.checkpoint.format == "torch" and with_optimizer:
             why[key] = "the torch format is loaded at the layout that saved it"
     if with_optimizer:
         why |= _adapter_refusals(saved, new, changes)

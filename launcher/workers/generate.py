@@ -70,7 +70,7 @@ def load_model(recipe: Recipe):
     try:
         load_weights(recipe, chunks, checkpoint)
     except CheckpointError as error:
-        raise UserError(str(error), str(checkpoint), "give another one: --load RUN_OR_CHECKPOINT") from error
+        raise UserError(str(error), str(checkpoint), error.fix or "give another one: --load RUN_OR_CHECKPOINT") from error
     return CachedModel(recipe, chunks)
 
 

@@ -28,6 +28,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     first = torch.distributed.get_rank() == 0
     if first:
         checkpoint.copy_tokenizer(recipe, folder.path / "tokenizer")
+        checkpoint.copy_model_files(recipe, folder.path / "hf_config")
     state = build(recipe)
     source = start(recipe, state, folder)
     progress = None
@@ -68,15 +69,17 @@ def start(recipe: Recipe, state, folder: RunFolder) -> str:
         checkpoint.load(recipe, state, whole, resume)
     except CheckpointError as error:
         fix = "a damaged one: write the number of an older one into latest_checkpointed_iteration.txt"
-        raise UserError(str(error), str(whole), fix) from error
-    return f"{whole}, step {state.iteration}"
+        raise UserError(str(error), str(whole), error.fix or fix) from error
+    beside = f", beside {state.adapters.base}" if resume and state.adapters else ""
+    return f"{whole}, step {state.iteration}{beside}"
 
 
 def agreed_checkpoint(recipe: Recipe, folder: RunFolder) -> tuple[Path | None, bool]:
     """The checkpoint that rank 0 sees, for all ranks, and whether it is the run's own."""
     import torch
 
-    from checkpoints.folder import CheckpointError, newest_checkpoint
+    from checkpoints.folder import CheckpointError
+    from checkpoints.recognise import checkpoint_in
     from launcher.errors import UserError
 
     found: list = [None, False, None]
@@ -84,7 +87,7 @@ def agreed_checkpoint(recipe: Recipe, folder: RunFolder) -> tuple[Path | None, b
         load = recipe.checkpoint.load
         try:
             own = folder.newest_checkpoint()
-            found = [own or (newest_checkpoint(Path(load)) if load else None), own is not None, None]
+            found = [own or (checkpoint_in(Path(load)) if load else None), own is not None, None]
         except UserError as error:
             found[2] = (error.what, error.where, error.fix)
         except CheckpointError as error:

@@ -17,6 +17,7 @@ LLAMAS = {
 NAMES = ("gpt2", *LLAMAS)
 # What they are loaded at, TP x PP, and other models whose tensors are compared with their description.
 SAVED = ("gpt2", "llama_grouped_tied")  # those that a training begins from, and saves
+TUNED = "llama_grouped_tied"  # one that is fine-tuned
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 _LLAMA = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
 VARIANTS = {

@@ -2,7 +2,8 @@
 
 megatron-core is imported once, and the ranks of every layout are forked from there: an import takes as long as all they do.
 This is no script: the processes that megatron-core spawns to save import the main one again, and this would be slow.
-FOLDER/*/ are converted checkpoints, FOLDER/torch/*/ such of a file per rank at TP 2 x PP 2, FOLDER/ids.pt the prompt [s]; FOLDER/TPxPP.pt is what rank 0 of a layout found.
+FOLDER/*/ are converted checkpoints, FOLDER/torch/*/ such of a file per rank at TP 2 x PP 2, FOLDER/../hf/*/ what they were converted
+from, FOLDER/ids.pt the prompt [s], FOLDER/rows* rows to train on; FOLDER/TPxPP.pt is what rank 0 of a layout found.
 """
 
 import os
@@ -22,22 +23,29 @@ from checkpoints.folder import newest_checkpoint  # noqa: E402
 from checkpoints.formats.torch_dist import key_of  # noqa: E402
 from checkpoints.models import gpt  # noqa: E402
 from checkpoints.models.model import Model  # noqa: E402
+from checkpoints.recognise import checkpoint_in  # noqa: E402
+from data_tools.packing import Packed  # noqa: E402
+from data_tools.sft import Rows  # noqa: E402
 from launcher.engine import checkpoint, model, train  # noqa: E402
+from launcher.engine.data import loader, reads_data  # noqa: E402
 from launcher.engine.generate.cache import CachedModel, generation_config  # noqa: E402
 from launcher.engine.initialize import initialize  # noqa: E402
+from launcher.engine.rows import RowSamples  # noqa: E402
 from launcher.recipe import load  # noqa: E402
 from launcher.recipe.inference import inference_recipe  # noqa: E402
 from launcher.recipe.resolve import resolve  # noqa: E402
 from launcher.recipe.schema import Recipe  # noqa: E402
-from tests.checkpoints.published import LAYOUTS, SAVED, VARIANTS  # noqa: E402
+from tests.checkpoints.published import LAYOUTS, SAVED, TUNED, VARIANTS, VOCABULARY  # noqa: E402
+from tests.launcher.engine.yuan2_worker import form_groups  # noqa: E402
 
 
 def logits(path: Path, ids: torch.Tensor, *words: str) -> torch.Tensor | None:
     """The logits [s, vocabulary] after every token, as `yuan generate` loads the checkpoint; on the last stage."""
     loaded = load([f"generate.load={path}", *words, "launch.device=cpu", "launch.cpu_threads=1", "training.precision=fp32"], default="generate")
-    recipe, _ = inference_recipe(loaded, newest_checkpoint(path))
+    recipe, _ = inference_recipe(loaded, checkpoint_in(path))
     chunks = model.build_chunks(recipe, generation_config(recipe))
-    checkpoint.load_weights(recipe, chunks, newest_checkpoint(path))
+    checkpoint.load_weights(recipe, chunks, checkpoint_in(path))
+    ids = ids[: recipe.model.max_position_embeddings] % recipe.derived.vocab_size
     with torch.no_grad():
         found = CachedModel(recipe, chunks).prefill(ids.expand(len(ids), -1), torch.arange(len(ids)) + 1, len(ids))
     return None if found is None else found[:, : recipe.derived.vocab_size].clone()
@@ -59,6 +67,20 @@ def trained(path: Path, tp: int, pp: int) -> None:
         (run / "tokenizer").mkdir(parents=True)
     torch.distributed.barrier()
     checkpoint.save(recipe, state, run / "checkpoints", run / "tokenizer")
+
+
+def losses(folder: Path, path: Path, *words: str) -> list[float]:
+    """Of two steps of fine-tuning from a checkpoint whose model no recipe describes."""
+    length = ["training.train_iters=2", "training.seq_length=16", "training.micro_batch_size=1", "training.global_batch_size=4", "optimizer.lr=0.01"]
+    more = ["tokenizer.type=NullTokenizer", f"tokenizer.vocab_size={VOCABULARY - 1}", f"data.train={folder / 'rows'}", "training.precision=bf16"]
+    ranks = [f"launch.nproc_per_node={torch.distributed.get_world_size()}", "launch.device=cpu", "launch.cpu_threads=1"]
+    recipe = load([f"checkpoint.load={path}", *length, *more, *ranks, "parallel.use_distributed_optimizer=true", *words], default="").recipe
+    form_groups(recipe)
+    state = train.build(recipe)
+    checkpoint.load(recipe, state, checkpoint_in(path), resume=False)
+    samples = RowSamples(Packed(Rows(folder / "rows"), 16, True), recipe, 8, 2, 1) if reads_data(recipe) else None
+    batches = [loader(recipe, samples, 0) for _ in state.chunks]
+    return train.from_last_stage(torch.stack([train.train_step(recipe, state, batches)[0] for _ in range(2)])).tolist()
 
 
 def parameters(values: dict, tp: int) -> dict:
@@ -104,7 +126,17 @@ def rank(folder: Path, tp: int, pp: int) -> None:
     ids = torch.load(folder / "ids.pt")
     paths = sorted(path for path in folder.iterdir() if (path / "release").is_dir())
     words = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
-    found: dict = {"logits": {path.name: logits(path, ids, *words) for path in paths}}
+    published = sorted((folder.parent / "hf").iterdir())
+    files = [path for path in sorted((folder / "torch").iterdir()) if not path.name.endswith("-run")]
+    found: dict = {
+        "logits": {path.name: logits(path, ids, *words) for path in paths},
+        "direct": {path.name: logits(path, ids, *words) for path in published},
+        "files": {path.name: logits(path, ids, *words) for path in files},
+        "losses": {str(path.parent): losses(folder, path, *words) for path in (folder.parent / "hf" / TUNED, folder / TUNED, folder / "torch" / TUNED)},
+    }
+    if (tp, pp) == (1, 2):
+        interleaved = "parallel.num_layers_per_virtual_pipeline_stage=1"
+        found["losses"]["interleaved"] = losses(folder, folder.parent / "hf" / TUNED, *words, interleaved)
     if (tp, pp) == (2, 1):
         found["parameters"] = {name: parameters(values, tp) for name, values in VARIANTS.items()}
     if (tp, pp) == (2, 2):

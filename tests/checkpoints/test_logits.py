@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.checkpoints import published
+from tests.checkpoints.folders import YUAN, write, yuan_tensors
 from tests.checkpoints.published import LAYOUTS, VARIANTS
+from tests.launcher.engine.sft_worker import write_rows
 
 INT8 = ("gpt2", "llama_grouped_tied")  # such that are quantized too
 RANK_FILES = ("gpt2", "llama_grouped_tied", "llama2")  # such that are converted into a file per rank too
@@ -58,6 +60,9 @@ def folder(tmp_path_factory):
         words = ["--to", "torch", "--tp", 2, "--pp", 2, "--layout", "Et|tttL"]
         impl = "transformer_engine" if name == FUSED else "local"  # loaded all the same
         convert(folder / "hf" / name, folder / "ours" / "torch" / name, *words, "--transformer-impl", impl)
+    write(folder / "hf" / "yuan2", YUAN, yuan_tensors())
+    convert(folder / "hf" / "yuan2", folder / "ours" / "yuan2")
+    write_rows(folder / "ours" / "rows")
     torch.save(references, folder / "references.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = "import sys; from tests.checkpoints.ranks import main; main(sys.argv[1])"
@@ -78,9 +83,30 @@ def test_logits_are_those_of_transformers_at_every_layout(folder, name):
 
 
 @pytest.mark.parametrize("name", RANK_FILES)
-def test_logits_of_files_per_rank(folder, name):
+def test_logits_of_files_per_rank_at_their_own_layout_and_at_every_other(folder, name):
     found = torch.load(folder / "ours" / "2x2.pt")["logits"]
     assert torch.equal(found[f"torch/{name}"], found[name])
+    for tp, pp in LAYOUTS:
+        found = torch.load(folder / "ours" / f"{tp}x{pp}.pt")
+        assert torch.equal(found["files"][name], found["logits"][name])
+
+
+@pytest.mark.parametrize("name", [*published.NAMES, "yuan2"])
+def test_a_hugging_face_folder_is_loaded_as_it_is(folder, name):
+    for tp, pp in LAYOUTS:
+        found = torch.load(folder / "ours" / f"{tp}x{pp}.pt")
+        assert found["direct"][name].std() > 0.1 and torch.equal(found["direct"][name], found["logits"][name])
+
+
+def test_fine_tuning_begins_alike_from_every_format_at_every_layout(folder):
+    first = torch.load(folder / "ours" / "1x1.pt")["losses"][str(folder / "hf")]
+    assert first[0] > first[1]
+    for tp, pp in LAYOUTS:
+        found = torch.load(folder / "ours" / f"{tp}x{pp}.pt")["losses"]
+        of_layout = found.pop(str(folder / "hf"))
+        assert of_layout == pytest.approx(first, rel=5e-3)  # bf16
+        assert found.pop("interleaved", of_layout) == pytest.approx(of_layout, rel=1e-6)
+        assert list(found.values()) == [of_layout, of_layout]  # converted first, and files per rank of another layout
 
 
 @pytest.mark.parametrize("name", RANK_FILES)
