@@ -125,7 +125,9 @@ def named(recipe, chunks):
             if name.startswith("decoder.layers."):
                 local = int(name.split(".")[2])
                 name = name.replace(f".{local}.", f".{chunk.decoder.layers[local].layer_number - 1}.", 1)
-            yield name.replace("output_layer.weight", "embedding.word_embeddings.weight"), parameter
+            if not recipe.model.untie_embeddings_and_output_weights:
+                name = name.replace("output_layer.weight", "embedding.word_embeddings.weight")
+            yield name, parameter
 
 
 def own_part(name, whole, parameter):
