@@ -14,6 +14,7 @@ import typer
 from checkpoints.adapters import read_note
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import QUANTIZED, Found, recognise
+from launcher.commands.convert_logits import TOLERANCE, compare_logits
 from launcher.commands.convert_verify import compare
 from launcher.errors import UserError
 from launcher.recipe import Loaded
@@ -44,6 +45,8 @@ _OPTIMIZER_HELP = (
 )
 _QUANTIZE_HELP = "int8: the layers' matrices as whole numbers with a scale for each output, for answers alone."
 _VERIFY_HELP = "Write nothing: compare two checkpoints, of any formats and layouts, tensor by tensor. Exit code 1 where they differ."
+_LOGITS_HELP = "With --verify: let both read the same prompts, and compare what they expect after every token; it decides the exit code."
+_INPUT_HELP = "--logits: the prompts, JSONL as for yuan generate. Default: eight of random token ids."
 _WORKERS_HELP = "Processes. Default: 1, which computes checksums and writes side by side."
 _SHARD_HELP = "Write the I-th of N shares of the tensors, from 0, each on a machine of its own; the last to finish ends the conversion."
 _STOPPED = 3  # the exit code of what a signal stopped, and the same command goes on with
@@ -71,6 +74,9 @@ def convert(
     workers: Annotated[Optional[int], typer.Option("--workers", min=1, help=_WORKERS_HELP)] = None,
     shard: Annotated[Optional[str], typer.Option("--shard", metavar="I/N", help=_SHARD_HELP)] = None,
     verify: Annotated[bool, typer.Option("--verify", help=_VERIFY_HELP)] = False,
+    logits: Annotated[bool, typer.Option("--logits", help=_LOGITS_HELP)] = False,
+    prompts: Annotated[Optional[str], typer.Option("--input", help=_INPUT_HELP)] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="--logits: how far apart is equal.")] = TOLERANCE,
     allow_nan: Annotated[Optional[bool], typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")] = None,
 ) -> None:
     """Write a checkpoint in another format, tensor by tensor: no model is built, no GPU is needed.
@@ -79,7 +85,7 @@ def convert(
     to hold what SRC holds; beside the weights lies conversion.json, which says what became of every tensor. A conversion that was
     stopped goes on with what it had written when the same command is typed again.
 
-    yuan convert A B --verify compares two checkpoints, whatever their formats and layouts.
+    yuan convert A B --verify compares two checkpoints, whatever their formats and layouts, and with --logits what they answer.
     """
     places = [word for word in words or [] if "=" not in word]
     if len(places) not in (0, 2):
@@ -107,10 +113,13 @@ def convert(
         "convert.workers": (workers, "--workers"),
         "convert.shard": (shard, "--shard"),
     }
+    if (logits or prompts) and not verify or prompts and not logits:
+        raise UserError("--logits and --input are of a comparison", "command line", "yuan convert A B --verify --logits")
     loaded = load_recipe([word for word in words or [] if "=" in word], options, default="", checked=True)
     try:
         if verify:
-            raise typer.Exit(compare(loaded))
+            differ = compare(loaded)
+            raise typer.Exit(compare_logits(loaded, words or [], prompts, tolerance) if logits else differ)
     except CheckpointError as error:
         raise UserError(str(error), "", error.fix) from error
     except OSError as error:

@@ -113,6 +113,7 @@ class CachedModel:
         self.caches: list[CachedAttention | CachedConv] = []
         self.hidden_size, self.dtype = recipe.model.hidden_size, DTYPES[recipe.training.precision]
         self._rotary: torch.Tensor | None = None
+        self._every: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens and rows whose logits are wanted, not the last ones'
         for chunk in self.chunks:
             for layer in chunk.decoder.layers:
                 attention = layer.self_attention
@@ -135,6 +136,15 @@ class CachedModel:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         rotary = None if self._rotary is None else self._rotary[: ids.shape[1]]
         return self._forward(ids, positions, rotary, lengths - 1)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """The logits after every token of one prompt [s], [s, padded vocabulary]."""
+        row = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        self._every = torch.arange(len(ids), device=ids.device), row
+        try:
+            return self.prefill(ids[None], torch.tensor([len(ids)], device=ids.device), len(ids))
+        finally:
+            self._every = None
 
     def decode(self, ids: torch.Tensor, positions: torch.Tensor, filled: int) -> torch.Tensor | None:
         """One new token per row, ids [b] at positions [b], all below `filled`. Returns the logits after it."""
@@ -162,7 +172,8 @@ class CachedModel:
             chunk.decoder.set_input_tensor(hidden)
             hidden = chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
             if chunk.post_process:
-                hidden = hidden[last, torch.arange(len(last), device=last.device)][None]
+                places = self._every or (last, torch.arange(len(last), device=last.device))
+                hidden = hidden[places][None]
                 weight = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
                 logits = chunk.output_layer(hidden, weight=weight, runtime_gather_output=True)[0][0]
             else:
