@@ -53,7 +53,10 @@ def need(config: Mapping[str, Any], where: str, **rules: tuple[Any, Any]) -> Non
     """
     wrong = [f"{key}={found!r}" for key, (default, wanted) in rules.items() if (found := config.get(key, default)) != wanted]
     if wrong:
-        raise CheckpointError(f"{where}: the engine has no {', '.join(wrong)}")
+        raise CheckpointError(
+            f"{where}: the engine has no {', '.join(wrong)}",
+            f"mend {where} if that is wrong there: such a model is none of the engine's",
+        )
 
 
 def expect(model: Model, whose: str, **values: Any) -> None:
@@ -64,4 +67,4 @@ def expect(model: Model, whose: str, **values: Any) -> None:
     """
     wrong = [f"{key}={getattr(model, key)}" for key, value in values.items() if getattr(model, key) != value]
     if wrong:
-        raise CheckpointError(f"{whose} has no {', '.join(wrong)}")
+        raise CheckpointError(f"{whose} has no {', '.join(wrong)}", "--to torch_dist, which holds every model")

@@ -76,7 +76,10 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
     need(config, where, scale_attn_weights=(True, True), scale_attn_by_inverse_layer_idx=(False, False), add_cross_attention=(False, False))
     activation = config.get("activation_function", "gelu_new")
     if activation not in (*_TANH, "gelu"):
-        raise CheckpointError(f"{where}: activation_function {activation!r} is none of {', '.join(_TANH)} and gelu")
+        raise CheckpointError(
+            f"{where}: activation_function {activation!r} is none of {', '.join(_TANH)} and gelu",
+            f"mend {where} if that is wrong there: such a model is none of the engine's",
+        )
     positions = "n_positions" if "n_positions" in config else "n_ctx"
     whole(config, where, "n_layer", "n_embd", "n_head", positions, "vocab_size", free=("n_inner",))
     hidden, heads = config["n_embd"], config["n_head"]

@@ -101,7 +101,7 @@ def model_of(
     """
     heads = args.get("num_attention_heads")
     if not heads or f"{_LAYER}self_attention.dense.weight" not in shapes or EMBEDDING not in shapes:
-        raise CheckpointError(f"{where} does not say what the model is: --hf-config FOLDER, with its config.json")
+        raise CheckpointError(f"{where} does not say what the model is", "--hf-config FOLDER, with its config.json")
     said = {"norm_epsilon": args.get("layernorm_epsilon"), "max_position_embeddings": args.get("seq_length")}
     shown = _of_tensors(shapes, ranks, heads)
     _agree(args, shown, ranks, stages, where)
@@ -110,7 +110,7 @@ def model_of(
         values |= {"norm_epsilon": 1e-6, "rotary_base": 10000}
     turned = ["rotary_base"] * (values["position_embedding_type"] == "rope")
     if unsaid := [name for name in ("norm_epsilon", "max_position_embeddings", *turned) if not values.get(name)]:
-        raise CheckpointError(f"{where} does not say {', '.join(unsaid)}: --hf-config FOLDER, with the model's config.json")
+        raise CheckpointError(f"{where} does not say {', '.join(unsaid)}", "--hf-config FOLDER, with its config.json")
     return Model.of(values, where, vocab_size=vocab_size or values["rows"])
 
 
@@ -130,8 +130,8 @@ def _agree(args: Mapping[str, Any], shown: Mapping[str, Any], ranks: int, stages
     missing = [f"mp_rank_{rank:02d}" + ("_*" if stages > 1 else "") for rank in range(ranks, wanted)]
     mend = "if the settings are those of another layout or model: --hf-config FOLDER, with the model's config.json"
     if missing:
-        mend = f"missing are {', '.join(missing)}"
-    raise CheckpointError(f"{where} contradicts the tensors: it says {'; '.join(others)}\n    {mend}")
+        mend = f"copy what is missing: {', '.join(missing)}"
+    raise CheckpointError(f"{where} contradicts the tensors: it says {'; '.join(others)}", mend)
 
 
 def _of_tensors(shapes: Mapping[str, tuple[int, ...]], ranks: int, heads: int) -> dict[str, Any]:

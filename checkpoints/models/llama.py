@@ -74,10 +74,16 @@ def from_config(config: Mapping[str, Any], where: str) -> Model:
     shared(heads, groups, "num_attention_heads and num_key_value_heads", where)
     rope = rope_of(config, where)
     if (part := rope.get("partial_rotary_factor")) not in (None, 1.0):
-        raise CheckpointError(f"{where}: the engine has no partial_rotary_factor={part!r}")
+        raise CheckpointError(
+            f"{where}: the engine has no partial_rotary_factor={part!r}",
+            f"mend {where} if that is wrong there: such a model is none of the engine's",
+        )
     base = number(rope.get("rope_theta", 10000), "rope_theta", where)
     if not base.is_integer():
-        raise CheckpointError(f"{where}: rope_theta {base} is no whole number")
+        raise CheckpointError(
+            f"{where}: rope_theta {base} is no whole number",
+            f"mend {where} if that is wrong there: such a model is none of the engine's",
+        )
     values = {
         "family": "llama",
         "num_layers": config.get("num_hidden_layers"),
@@ -116,7 +122,10 @@ def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
     if rope["rope_type"] == "default":
         return {}
     if wrong := [f"{key}={rope.get(key)!r}" for key, value in _SCALING.items() if rope.get(key) != value]:
-        raise CheckpointError(f"{where}: of RoPE's scalings the engine has Llama 3's with its own numbers, and no {', '.join(wrong)}")
+        raise CheckpointError(
+            f"{where}: of RoPE's scalings the engine has Llama 3's with its own numbers, and no {', '.join(wrong)}",
+            f"mend {where} if that is wrong there: such a model is none of the engine's",
+        )
     return {"use_rope_scaling": True, "rope_scaling_factor": number(rope.get("factor"), "rope_scaling's factor", where)}
 
 

@@ -56,7 +56,10 @@ def model_with_ids(args: Mapping[str, Any], where: str, vocab_size: int | None) 
     ids = vocab_size or args.get("vocab_size")
     if args and not ids:
         rows = args.get("padded_vocab_size")
-        raise UnsaidError(f"{where} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size")
+        raise UnsaidError(
+            f"{where} says that its vocabulary was padded to {rows} rows, and not how many are ids: give --vocab-size",
+            "--vocab-size N, as its tokenizer has",
+        )
     return model_of(args, where, vocab_size=ids)
 
 

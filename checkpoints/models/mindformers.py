@@ -67,7 +67,7 @@ def foreign(model: Model, cut: Cut, scale: str = SCALES[0]) -> list[tuple[Foreig
     )  # fmt: skip
     for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
         if getattr(model, name) % cut.ranks:
-            raise CheckpointError(f"{name} {getattr(model, name)} cannot be shared out over {cut.ranks} ranks of MindSpore")
+            raise CheckpointError(f"{name} {getattr(model, name)} cannot be shared out over {cut.ranks} ranks of MindSpore", "another --tp")
     return [_named(tensor, model, cut, scale) for tensor in gpt.tensors(model)]
 
 

@@ -71,9 +71,9 @@ class Model:
         merged = {one.name: merged[one.name] for one in fields(cls) if merged.get(one.name) is not None}
         missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in merged]
         if missing:
-            raise CheckpointError(f"{where} does not say what the model is: {', '.join(missing)} missing")
+            raise CheckpointError(f"{where} does not say what the model is: {', '.join(missing)} missing", f"add them to {where}")
         if merged["family"] not in FAMILIES:
-            raise CheckpointError(f"{where}: unknown family {merged['family']!r}, known are {', '.join(FAMILIES)}")
+            raise CheckpointError(f"{where}: unknown family {merged['family']!r}, known are {', '.join(FAMILIES)}", f"mend {where}")
         kinds = {one.name: str(one.type).removesuffix(" | None") for one in fields(cls)}
         if wrong := [f"{name} is {value!r}, {_KINDS[kinds[name]]}" for name, value in merged.items() if not _fits(name, value, kinds[name])]:
             raise CheckpointError(f"{where}: {'; '.join(wrong)} is wanted", f"mend {where}")

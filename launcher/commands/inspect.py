@@ -23,6 +23,7 @@ _WORDS_HELP = "The checkpoint's folder, or a run's; a recipe that says what the 
 _DEEP_HELP = "Read every number: NaN, infinity, checksums. Takes as long as copying the files."
 _HF_HELP = "A Hugging Face folder whose config.json says what the model is, for files that do not."
 _FUSED_HELP = "MindSpore: how query, key and value lie in one matrix, concat or grouped."
+_GIVE = "give the folder of a checkpoint, or of a run"
 _SHOWN = 20  # problems, of thousands there may be
 
 
@@ -43,7 +44,7 @@ def inspect(
     path = Path(places[0])
     if not path.is_dir():
         what = f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder"
-        raise UserError(what, "command line", "give the folder of a checkpoint, or of a run")
+        raise UserError(what, "command line", _GIVE)
     options: dict[str, tuple[object, str]] = {
         "convert.source": (places[0], "command line"), "convert.hf_config": (hf_config, "--hf-config"),
         "convert.vocab_size": (vocab_size, "--vocab-size"), "convert.fused_layout": (fused_layout, "--fused-layout"),
@@ -56,8 +57,7 @@ def inspect(
         raise UserError(f"cannot read: {error}", str(path), "see to the disk and the rights there") from error
     for problem in problems[:_SHOWN]:
         typer.echo(f"problem    {problem}")
-        if problem.fix:
-            typer.echo(f"  fix      {problem.fix}")
+        typer.echo(f"  fix      {problem.fix or _GIVE}")
     if len(problems) > _SHOWN:
         typer.echo(f"           and {len(problems) - _SHOWN:,} more")
     if not problems:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from checkpoints.adapters import find_base, read_note
+from checkpoints.adapters import find_bases
 from checkpoints.beside import beside
 from checkpoints.folder import CheckpointError, holds_weights_alone
 from checkpoints.models.gpt import tensors
@@ -37,8 +37,8 @@ def places(case: Case) -> Iterator[Problem]:
     if c.source:
         try:
             found = recognise(Path(c.source))
-            if note := read_note(found.path):
-                found = recognise(find_base(found.path, note))  # of what is written its size is that of the weights
+            if frozen := find_bases(found.path):
+                found = recognise(frozen[-1])  # what is written is as large as the weights
         except CheckpointError as error:
             yield Problem(str(error), case.at("convert.source"), error.fix or "convert.source=the folder of a checkpoint, or of a run")
     if c.target:

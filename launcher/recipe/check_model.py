@@ -27,7 +27,7 @@ AT_LEAST = {  # lowest value allowed; None values are passed over
         optimizer.lr_decay_iters optimizer.lr_decay_samples optimizer.lr_decay_tokens
         preprocess.workers tokenizer.vocab_size checkpoint.save_interval checkpoint.keep_last logging.log_interval
         launch.nproc_per_node launch.nnodes launch.cpu_threads training.epochs serve.port lora.rank
-        convert.tensor_model_parallel_size convert.pipeline_model_parallel_size""",
+        convert.tensor_model_parallel_size convert.pipeline_model_parallel_size convert.workers""",
     0: """model.init_method_std model.attention_dropout model.hidden_dropout training.seed training.eval_iters
         optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
         optimizer.lr_warmup_fraction optimizer.lr_warmup_init optimizer.lr_wsd_decay_iters

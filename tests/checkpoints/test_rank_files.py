@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import zipfile
 from argparse import Namespace
@@ -41,7 +42,7 @@ def holds(found, whole: dict) -> bool:
 
 
 def write(folder: Path, found, to: str, **more):
-    convert(found, folder, Wanted(to, **more), lambda weights: None)
+    convert(found, folder, Wanted(to, **{"pipeline": len(more.get("stages", "1")), **more}), lambda weights: None)
     return folder
 
 
@@ -89,8 +90,9 @@ def test_pai(tmp_path, release, groups, tp, stages):
     args = {"num_layers": LAYERS, "hidden_size": H, "num_attention_heads": HEADS, "orig_vocab_size": ROWS, "padded_vocab_size": ROWS}
     fixtures.write(root / "release", model, release, tp, stages, False, args)
     (root / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(CheckpointError, match="norm_epsilon, max_position_embeddings, rotary_base: --hf-config"):
+    with pytest.raises(CheckpointError, match="norm_epsilon, max_position_embeddings, rotary_base") as refused:
         source(root)
+    assert "--hf-config" in refused.value.fix
     (root / "config.json").write_text(json.dumps(LLAMA | {"num_key_value_heads": groups}))
     found = source(root)
     assert found.format == "pai" and holds(found, fixtures.expected(model, tied=False))
@@ -277,9 +279,9 @@ def test_ranks_that_are_not_what_their_conversion_wrote(two_by_two, dtype):
 
 
 CONTRADICTIONS = {
-    "two of four ranks": ({"tensor_model_parallel_size": 4}, 2, r"tensor_model_parallel_size 4, the files hold 2(.|\n)*missing are mp_rank_02, mp_rank_03"),
+    "two of four ranks": ({"tensor_model_parallel_size": 4}, 2, r"tensor_model_parallel_size 4, the files hold 2.*copy what is missing: mp_rank_02, mp_rank_03"),
     "ranks that nothing counts": ({}, 2, "kv_channels 4, the files hold 2"),
-    "layers": ({"num_layers": 99}, 4, r"num_layers 99, the files hold 5\n.*another layout or model: --hf-config FOLDER"),
+    "layers": ({"num_layers": 99}, 4, r"num_layers 99, the files hold 5 .*another layout or model: --hf-config FOLDER"),
     "ffn": ({"ffn_hidden_size": 48}, 4, "ffn_hidden_size 48, the files hold 24"),
     "vocabulary": ({"padded_vocab_size": 256}, 4, "padded_vocab_size 256, the files hold 132"),
     "stages, and no layers": ({"num_layers": None, "pipeline_model_parallel_size": 2}, 4, "pipeline_model_parallel_size 2, the files hold 1"),
@@ -295,8 +297,9 @@ def test_settings_that_contradict_the_tensors(tmp_path, kind, case):
     fixtures.write(root, fixtures.parts(yuan=yuan), kind, 4, EVEN, yuan, YUAN | {"norm_epsilon": 1e-6, "rotary_base": 10000} | args)
     for rank in range(ranks, 4):
         shutil.rmtree(root / f"mp_rank_{rank:02d}")
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError) as refused:
         source(root)
+    assert re.search(words, f"{refused.value} | {refused.value.fix}")
     if kind == "v0.6" and ranks == 4:  # a config.json stands above settings
         (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_key_value_heads": HEADS}))
         assert holds(source(root), fixtures.expected(fixtures.parts(), tied=False))

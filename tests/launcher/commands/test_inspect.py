@@ -76,9 +76,11 @@ def test_a_file_that_is_cut_off_and_one_that_is_missing(copy, format, file):
     cut(folder / file)
     said = yuan("inspect", folder, code=1)
     assert re.search(rf"problem    .*{re.escape(file.rsplit('/', 1)[-1])}.*cut off", said), said
+    assert "\n  fix      copy" in said
     (folder / file).unlink()
     said = yuan("inspect", folder, code=1)
     assert re.search("problem .*(which is not there|has no weights .* for mp_rank_01_001|has no .ckpt for rank_1)", said), said
+    assert "\n  fix      copy" in said
 
 
 def test_every_damaged_file_is_named(copy):

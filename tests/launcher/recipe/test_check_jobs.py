@@ -10,6 +10,7 @@ from launcher.recipe import load
 from launcher.recipe.check import check
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.inference import inference_recipe
+from launcher.recipe.size import parameters
 from launcher.recipe.verb import verb_of
 
 MODEL = "model: {family: llama, num_layers: 6, hidden_size: 32, num_attention_heads: 8, num_query_groups: 4, swiglu: true}\n"
@@ -118,13 +119,19 @@ def test_uneven_stages_are_fine_where_the_layout_says_them():
     assert problems("convert", "convert.pipeline_model_parallel_size=4", "convert.pipeline_model_parallel_layout='Et|tt|tt|tL'") == []
 
 
-def test_a_target_that_the_disk_cannot_hold(monkeypatch):
-    Path("start/iter_0000001/__0_0.distcp").write_bytes(b"0" * 5000)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 4999})())
-    (problem,) = problems("convert")
+@pytest.mark.parametrize("dtype, width", [("bf16", 2), ("fp32", 4)])
+def test_a_target_that_the_disk_cannot_hold(monkeypatch, dtype, width):
+    """What counts is what is written, and not the source, which may be a training of ten times the size."""
+    Path("start/iter_0000001/__0_0.distcp").write_bytes(b"0" * 5_000_000)
+    words = [f"convert.dtype={dtype}", "model.max_position_embeddings=16"]
+    recipe = load(["recipe=convert", *words]).recipe
+    padding = (recipe.derived.padded_vocab_size - recipe.derived.vocab_size) * recipe.model.hidden_size
+    needed = width * (parameters(recipe) - padding)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1})())
+    (problem,) = problems("convert", *words)
     assert "0.0 GB are free" in problem.what and "convert.target" in problem.fix
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5002})())
-    assert problems("convert") == []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed})())
+    assert problems("convert", *words) == []
 
 
 def test_a_server_needs_a_free_port(write_recipe):
