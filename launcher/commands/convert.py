@@ -14,7 +14,7 @@ import typer
 from checkpoints.adapters import read_note
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import QUANTIZED, Found, recognise
-from launcher.commands.convert_logits import TOLERANCE, compare_logits
+from launcher.commands.convert_logits import TOLERANCE, compare_logits, expect_prompts
 from launcher.commands.convert_verify import compare
 from launcher.errors import UserError
 from launcher.recipe import Loaded
@@ -113,8 +113,7 @@ def convert(
         "convert.workers": (workers, "--workers"),
         "convert.shard": (shard, "--shard"),
     }
-    if (logits or prompts) and not verify or prompts and not logits:
-        raise UserError("--logits and --input are of a comparison", "command line", "yuan convert A B --verify --logits")
+    expect_prompts(logits, prompts, verify)
     loaded = load_recipe([word for word in words or [] if "=" in word], options, default="", checked=True)
     try:
         if verify:

@@ -27,6 +27,18 @@ _ONE = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parall
 _SHOWN = 12  # ids of a prompt
 
 
+def expect_prompts(logits: bool, prompts: str | None, verify: bool) -> None:
+    """What was typed must go together, and the prompts be there.
+
+    Raises:
+        UserError: they are not.
+    """
+    if (logits or prompts) and not verify or prompts and not logits:
+        raise UserError("--logits and --input are of a comparison", "command line", "yuan convert A B --verify --logits")
+    if prompts is not None and not Path(prompts).is_file():
+        raise UserError(f"there is no file {prompts}", "--input", "--input FILE.jsonl, with query, prompt or text on each line")
+
+
 def compare_logits(loaded: Loaded, words: list[str], prompts: str | None, tolerance: float) -> int:
     """Let the models of convert.source and convert.target read the same prompts, in one process unless `words` lay them out
     otherwise, and say how far their logits are apart. Returns the exit code: 1 where it is further than `tolerance`.
@@ -34,8 +46,6 @@ def compare_logits(loaded: Loaded, words: list[str], prompts: str | None, tolera
     Raises:
         UserError: a checkpoint cannot be read, or the prompts.
     """
-    if prompts is not None and not Path(prompts).is_file():
-        raise UserError(f"there is no file {prompts}", "--input", "--input FILE.jsonl, with query, prompt or text on each line")
     asked = loaded.recipe.convert
     recipes = [_recipe(loaded, words, place, prompts) for place in (asked.source, asked.target)]
     if len({recipe.training.precision for recipe in recipes}) > 1:
