@@ -195,7 +195,7 @@ def _going_on(asked: Convert, recipe: Recipe, state: TrainingState) -> dict[str,
         "decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None,
     }  # fmt: skip
     sequence_parallel = bool(args.get("sequence_parallel")) and keys["tensor_model_parallel_size"] > 1
-    parallel = replace(parallel, **keys, sequence_parallel=sequence_parallel, use_distributed_optimizer=distributed == "distributed")
+    parallel = replace(parallel, **keys, sequence_parallel=sequence_parallel, zero=None, use_distributed_optimizer=distributed == "distributed")
     launch = replace(recipe.launch, nproc_per_node=parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size, nnodes=1)
     return {
         "parallel": parallel, "launch": launch, "convert": Convert(), "checkpoint": replace(recipe.checkpoint, format=asked.to),
