@@ -109,6 +109,20 @@ def find_base(checkpoint: Path, note: Adapters, also: Path | None = None) -> Pat
     raise CheckpointError(f"{checkpoint} holds adapters to the weights of {note.base}, which is not there", fix)
 
 
+def find_bases(checkpoint: Path, also: Path | None = None) -> list[Path]:
+    """All that the weights of `checkpoint` are made of besides: what its adapters stand beside, which may be adapters again, and so
+    on. Empty where it holds whole weights.
+
+    Raises:
+        CheckpointError: one of them is gone or has changed.
+    """
+    found: list[Path] = []
+    while note := read_note(checkpoint):
+        checkpoint = find_base(checkpoint, note, None if found else also)
+        found.append(checkpoint)
+    return found
+
+
 def fingerprint(folder: Path) -> str:
     """Of the files of weights in a checkpoint's folder: names, sizes, and 1 MiB of each. Moving or copying it keeps it."""
     found = hashlib.blake2b(digest_size=16)

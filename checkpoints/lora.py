@@ -12,8 +12,6 @@ from checkpoints.formats.base import Source
 from checkpoints.formats.torch_dist import Chunks, of_layer, read_index
 from checkpoints.models.tensor import Tensor
 
-_BLOCK = 1 << 22  # numbers at a time, whose fp32 sums are in memory beside the matrix
-
 
 class Merged(Source):
     """A checkpoint's weights with the adapters of another one merged into them.
@@ -21,10 +19,9 @@ class Merged(Source):
     Attributes:
         note: what was merged.
         merged: how many matrices.
-        precision: the type of the merged matrices, to which their sums in fp32 are rounded once; None for that of the weights.
     """
 
-    def __init__(self, base: Source, folder: Path, note: Adapters, precision: torch.dtype | None = None):
+    def __init__(self, base: Source, folder: Path, note: Adapters):
         """`folder` is the checkpoint of the adapters.
 
         Raises:
@@ -35,14 +32,17 @@ class Merged(Source):
         vars(self).update(vars(base))
         self._base, self.path, self.format, self.layout = base, folder, "torch_dist", ""
         self.folders = [*base.folders, folder]
-        self.companions = (*base.companions, *sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file()))
-        self.note, self.precision = note, precision
-        index = read_index(folder)
+        own = (path for place in ("tokenizer", "hf") for path in sorted((folder / place).glob("*")) if path.is_file())
+        self.companions = (*base.companions, *own)
+        self.note, index = note, read_index(folder)
         self._pairs = {tensor.name: self._pair(tensor, index) for tensor in base.tensors if _module(tensor) in note.target_modules}
         self.merged = len(self._pairs)
         self.left_out |= {key: "the optimizer's" for key in index if key.startswith("optimizer.")}
         if more := sorted(key for key in index if not key.startswith("optimizer.") and key.split(".")[-2].removesuffix(SUFFIX) not in note.target_modules):
-            raise CheckpointError(f"{folder} holds what is no adapter that its lora.json tells of: {', '.join(more[:8])}", "take another checkpoint of the run")
+            raise CheckpointError(
+                f"{folder} holds what is no adapter that its lora.json tells of: {', '.join(more[:8])}",
+                "take another checkpoint of the run",
+            )
 
     def _pair(self, tensor: Tensor, index: dict[str, Chunks]) -> tuple[Chunks, Chunks]:
         """A and B beside a matrix."""
@@ -57,20 +57,16 @@ class Merged(Source):
         return found[0], found[1]
 
     def dtype(self, name: str) -> torch.dtype:
-        """That of the weights, but for merged matrices where `precision` is another."""
-        return self.precision or self._base.dtype(name) if name in self._pairs else self._base.dtype(name)
+        """That of the weights."""
+        return self._base.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, merged where it has adapters."""
+        """A tensor; where it has adapters the sum in fp32, which whoever takes it rounds once."""
         whole = self._base.read(name)
         if name not in self._pairs:
             return whole
         a, b = (one.read().float() for one in self._pairs[name])
-        merged, rows = torch.empty(whole.shape, dtype=self.dtype(name)), max(1, _BLOCK // whole.shape[1])
-        for first in range(0, len(whole), rows):
-            part = slice(first, first + rows)
-            merged[part] = torch.addmm(whole[part].float(), b[part], a, alpha=self.note.scale)
-        return merged
+        return whole.to(torch.float32, copy=True).addmm_(b, a, alpha=self.note.scale)
 
 
 def _module(tensor: Tensor) -> str | None:

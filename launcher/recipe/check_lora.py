@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from checkpoints.adapters import find_base, read_note
-from checkpoints.folder import CheckpointError, has_checkpoints, newest_checkpoint
+from checkpoints.adapters import find_bases
+from checkpoints.folder import CheckpointError, has_checkpoints
+from checkpoints.recognise import checkpoint_in
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.size import matrices, matrix_names
 
@@ -36,7 +37,7 @@ def lora(case: Case) -> Iterator[Problem]:
     yield from _size(case)
     if c.format == "torch":
         yield Problem("adapters are saved in torch_dist, not in files per rank", case.at("checkpoint.format", "lora.rank"), "checkpoint.format=torch_dist")
-    if c.load is None and not has_checkpoints(Path(case.recipe.run.dir or "") / "checkpoints"):
+    if c.load is None and case.recipe.data.train is None and not has_checkpoints(Path(case.recipe.run.dir or "") / "checkpoints"):
         fix = "checkpoint.load=RUN_OR_CHECKPOINT, or lora.rank=null to train all weights"
         yield Problem("adapters stand beside trained weights, and none are named", case.at("checkpoint.load", "lora.rank"), fix)
     elif c.load is not None and not c.finetune:
@@ -49,13 +50,11 @@ def base(case: Case) -> Iterator[Problem]:
     c, own = case.recipe.checkpoint, Path(case.recipe.run.dir or "") / "checkpoints"
     resumes = has_checkpoints(own)
     try:
-        checkpoint = newest_checkpoint(own if resumes else Path(c.load)) if resumes or c.load else None
-        note = read_note(checkpoint) if checkpoint else None
-        if checkpoint and note:
+        checkpoint = checkpoint_in(own if resumes else Path(c.load)) if resumes or c.load else None
+        if checkpoint and find_bases(checkpoint, Path(c.load) if c.load and resumes else None):
             if not resumes and not c.finetune:
                 what = f"{checkpoint} holds adapters: of it the weights can be taken, not the step and the optimizer"
                 yield Problem(what, case.at("checkpoint.load", "checkpoint.finetune"), "checkpoint.finetune=true")
-            find_base(checkpoint, note, Path(c.load) if c.load and resumes else None)
     except CheckpointError as error:
         if error.fix:  # what else is wrong with it, other rules say
             yield Problem(str(error), case.at("checkpoint.load"), error.fix)

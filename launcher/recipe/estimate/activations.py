@@ -57,11 +57,12 @@ def dropout_mask(recipe: Recipe) -> int:
 
 
 def norm(recipe: Recipe) -> int:
-    """Input and output of a norm. On a CPU torch's RMSNorm is made of several operations, in fp32, and keeps one more."""
+    """Input and output of a norm. On a CPU torch's RMSNorm is made of several operations, in fp32, and keeps one more for the
+    gradient of its weight."""
     stream = boundary(recipe)
     if recipe.model.normalization == "LayerNorm" or recipe.derived.device == "cuda":
         return 2 * stream
-    return stream + 2 * stream * STATISTIC // BYTES[recipe.training.precision]
+    return stream + (1 if recipe.lora.rank else 2) * stream * STATISTIC // BYTES[recipe.training.precision]
 
 
 def _residual(recipe: Recipe) -> int:
@@ -122,6 +123,6 @@ def _feed_forward(recipe: Recipe) -> int:
     """The activation function's input and output; a gate that is not fused keeps both its factors as well."""
     w, tp = widths(recipe), recipe.parallel.tensor_model_parallel_size
     columns = w.up + w.ffn
-    if recipe.model.swiglu and recipe.derived.device == "cpu":
+    if recipe.model.swiglu and recipe.derived.device == "cpu" and not recipe.training.torch_compile:
         columns += 2 * w.ffn
     return tokens(recipe) * columns * BYTES[recipe.training.precision] // tp
