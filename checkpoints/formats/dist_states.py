@@ -52,8 +52,15 @@ def state_in(folder: Path, random: Mapping[str, tuple[Path, int, int]]) -> Train
     grids = {(int(stages), int(ranks)) for _, _, stages, ranks in found}
     return read_state(
         common, "distributed" if kind else "plain", str(path), grid=grids.pop() if len(grids) == 1 else (1, 1),
-        random={(int(stage), int(rank)): pickled.read(*place) for (stage, rank, _, _), place in found.items()},
+        random={(int(stage), int(rank)): _object(*place) for (stage, rank, _, _), place in found.items()},
     )  # fmt: skip
+
+
+def _object(path: Path, offset: int, length: int) -> Any:
+    found = pickled.read(path, offset, length)
+    if not isinstance(found, list) or len(found) != 1:
+        raise CheckpointError(f"{path} is damaged: no object of megatron-core's at byte {offset:,}", "copy the whole checkpoint again")
+    return found[0]
 
 
 def common_of(state: TrainingState, halves: bool) -> dict[str, Any]:
@@ -70,5 +77,5 @@ def objects_of(state: TrainingState) -> Iterable[tuple[str, bytes]]:
     """The states of random number generators, as they lie in the files, by their keys."""
     for (stage, rank), one in sorted(state.random.items()):
         file = io.BytesIO()
-        torch.save(alive(one), file)
+        torch.save([alive(one)], file)  # as megatron-core wraps every object
         yield f"rng_state/shard_{stage}.{rank}_{state.grid[0]}.{state.grid[1]}", file.getvalue()
