@@ -23,7 +23,6 @@ from checkpoints.models.tensor import Tensor, pad
 from checkpoints.parallel import all_finite
 from checkpoints.recognise import recognise
 from launcher.engine.lora import is_adapter
-from launcher.engine.lora import is_adapter
 from launcher.engine.model import unwrap
 from launcher.engine.sharded import ShardedDataParallel
 from launcher.recipe.converted import model_of, own_recipe, source_fused

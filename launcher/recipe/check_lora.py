@@ -35,6 +35,9 @@ def lora(case: Case) -> Iterator[Problem]:
         return  # refused by `ranges`
     yield from _targets(case)
     yield from _size(case)
+    if (case.recipe.parallel.zero or 0) >= 2:
+        what = "ZeRO's stages 2 and 3 train every tensor whose rows they share out, and beside adapters the weights are frozen"
+        yield Problem(what, case.at("parallel.zero", "lora.rank"), "parallel.zero=1, or null")
     if c.format == "torch":
         yield Problem("adapters are saved in torch_dist, not in files per rank", case.at("checkpoint.format", "lora.rank"), "checkpoint.format=torch_dist")
     if c.load is None and case.recipe.data.train is None and not has_checkpoints(Path(case.recipe.run.dir or "") / "checkpoints"):
@@ -86,9 +89,9 @@ def _size(case: Case) -> Iterator[Problem]:
     r = case.recipe.lora
     if not r.target_modules or any((case.value(key) or 0) < 1 for key in _SIZES):
         return
-    for name, one in matrices(case.recipe).items():
-        if name in r.target_modules and r.rank * (one.inputs + one.outputs) > one.inputs * one.outputs:
-            most = one.inputs * one.outputs // (one.inputs + one.outputs)
-            what = f"adapters of rank {r.rank} have more numbers than {name} itself, {one.outputs:,} x {one.inputs:,}"
-            yield Problem(what, case.at("lora.rank"), f"lora.rank={max(1, most)} or less, or null to train all weights")
-            return
+    sizes = {name: one for name, one in matrices(case.recipe).items() if name in r.target_modules}
+    most = {name: one.inputs * one.outputs // (one.inputs + one.outputs) for name, one in sizes.items()}
+    name = min(most, key=most.__getitem__, default="")
+    if name and r.rank > most[name]:
+        what = f"adapters of rank {r.rank} have more numbers than {name} itself, {sizes[name].outputs:,} x {sizes[name].inputs:,}"
+        yield Problem(what, case.at("lora.rank"), f"lora.rank={max(1, most[name])} or less, or null to train all weights")
