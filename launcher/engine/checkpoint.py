@@ -276,7 +276,8 @@ def _sharded_state(recipe: Recipe, state: TrainState, loading: bool, with_optimi
         sharded[key] = {name: entry for name, entry in whole.items() if is_adapter(name) == adapters}
     if with_optimizer:
         models = {key: sharded[key] for key in _chunk_keys(state.chunks)}
-        sharded["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        with optimizer_state.in_place(state.optimizer):
+            sharded["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         if sharded["optimizer"].get("param_state", ()) is None:
             del sharded["optimizer"]["param_state"]  # data-parallel rank 0 alone gathered it, and saves it
         if loading and holds_weights(state.optimizer):

@@ -9,7 +9,10 @@ loader cannot turn one into the other:
 Here what is asked of a checkpoint is renamed to what it holds, and what it gave is nested as the optimizer expects it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +66,43 @@ def use_fused(optimizer: MegatronOptimizer) -> None:
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether the state is shared out over the data-parallel ranks."""
     return isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
+
+
+@contextmanager
+def in_place(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Within, megatron-core 0.16 gathers the distributed optimizer's state with what pads the buckets of its buffers.
+
+    For a checkpoint it cuts each parameter's state out of what it gathered, at the place that the parameter has in its buffer;
+    but it gathers without the padding, and saves what lies behind a padded bucket, such as a tied table on the first of
+    several stages, shifted by up to 127 numbers, zeros at its end, with a warning alone.
+    """
+    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    for part in parts:
+        part.get_parameter_state_dp_zero = partial(_gathered, part.get_parameter_state_dp_zero, part.buffers)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero
+
+
+def _gathered(gather, buffers: list, **more) -> dict | None:
+    found = gather(**more)
+    for number, buffer in enumerate(buffers if found else ()):
+        for tensors in found[number].values():
+            tensors |= {key: _padded(one, buffer) for key, one in tensors.items() if isinstance(one, torch.Tensor)}
+    return found
+
+
+def _padded(flat: torch.Tensor, buffer) -> torch.Tensor:
+    """A flat buffer with zeros where it pads its buckets."""
+    if len(flat) == buffer.numel:
+        return flat
+    whole = flat.new_zeros(buffer.numel)
+    pieces = flat.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+        whole[bucket.offset : bucket.offset + len(piece)] = piece
+    return whole
 
 
 def saved_form(checkpoint: Path) -> str:
