@@ -23,6 +23,13 @@ CASES = {
     f"TP 2, sequence parallel, {UNTIED}": (2, "llama", True),
     f"TP 2, sequence parallel, {TIED}": (2, "gpt2", True),
 }
+CLIPPED = {  # precision, distributed optimizer
+    "fp32": ("fp32", False),
+    "fp32, shared out": ("fp32", True),
+    "fp16": ("fp16", False),
+    "fp16, shared out": ("fp16", True),
+}
+LOSS_SCALE = 4096.0
 TOKENS, WIDTH, IDS = 11, 8, 12
 
 
@@ -31,7 +38,7 @@ def main(recipe, folder, stop) -> None:
 
     initialize(recipe)
     found = {"loss": losses(), "gradients": {name: gradients(*case) for name, case in CASES.items()}}
-    found |= {"clip": clipped(), "refusals": refusals()}
+    found |= {"clip": {name: clipped(*case) for name, case in CLIPPED.items()}, "refusals": refusals()}
     if dist.get_rank() == 0:
         (folder.path / "result.json").write_text(json.dumps(found))
     finish()
@@ -115,8 +122,9 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def clipped() -> float:
-    """Largest difference of a weight after two clipped steps from torch's own clipping and AdamW, relative to a step."""
+def clipped(precision: str, shared_out: bool) -> float:
+    """Largest difference of a weight after two clipped steps from torch's own clipping and AdamW in fp32, relative to a step (in
+    fp16 to the weight). Both data-parallel ranks have the same gradients."""
     from megatron.core import parallel_state
 
     from launcher.engine import model
@@ -124,28 +132,34 @@ def clipped() -> float:
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel()
-    recipe = tiny("fast")
+    recipe, half = tiny("fast"), precision == "fp16"
     recipe.model.num_layers, recipe.optimizer.clip_grad = 1, 0.5
+    recipe.training.precision, recipe.training.loss_scale = precision, LOSS_SCALE if half else None
+    recipe.parallel.use_distributed_optimizer = shared_out
     config = model.transformer_config(recipe)
     chunks = model.wrap_data_parallel(recipe, config, model.build_chunks(recipe, config))
     optimizer = build_optimizer(recipe, chunks)
     for group in optimizer.param_groups:
         group["weight_decay"] *= group["wd_mult"]  # as the schedule does
     ours = list(chunks[0].parameters())
-    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    copies = [torch.nn.Parameter(parameter.detach().float().clone()) for parameter in ours]
     groups = [{"params": [c for c in copies if c.ndim > 1]}, {"params": [c for c in copies if c.ndim == 1], "weight_decay": 0.0}]
     o = recipe.optimizer
     plain = torch.optim.AdamW(groups, o.lr, (o.adam_beta1, o.adam_beta2), o.adam_eps, weight_decay=o.weight_decay)
-    for factor in (1.0, 1e-4):  # above and below the limit
+    torch.manual_seed(8)
+    for factor in (1.0, 1e-3):  # above and below the limit
         for parameter, copy in zip(ours, copies, strict=True):
-            copy.grad = factor * torch.randn_like(copy)
-            parameter.main_grad.copy_(copy.grad)
+            gradient = factor * torch.randn_like(copy)
+            parameter.main_grad.copy_(gradient * (LOSS_SCALE if half else 1.0))
+            copy.grad = parameter.main_grad.float() / (LOSS_SCALE if half else 1.0)
         norm = torch.nn.utils.clip_grad_norm_(copies, o.clip_grad)
         plain.step()
+        chunks[0].finish_grad_sync()
         updated, told, _ = optimizer.step()
-        assert updated and abs(told / norm.item() - 1) < 1e-5
-    assert nothing_moves(optimizer, ours)
-    return max((p - c).abs().max().item() for p, c in zip(ours, copies, strict=True)) / o.lr
+        assert updated and abs(told / norm.item() - 1) < 1e-5, (precision, shared_out, told, norm)
+    assert half or shared_out or nothing_moves(optimizer, ours)
+    apart = [(p.float() - c).abs() / (c.abs() + 1e-3 if half else o.lr) for p, c in zip(ours, copies, strict=True)]
+    return max(one.max().item() for one in apart)
 
 
 def nothing_moves(optimizer, parameters: list[torch.Tensor]) -> bool:
