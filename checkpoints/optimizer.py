@@ -117,7 +117,7 @@ def read_state(content: Mapping[str, Any], form: Form, where: str, **more: Any) 
     if content.get("rerun_state_machine"):
         left_out["rerun_state_machine"] = _OBJECT
     groups = [_plain({k: v for k, v in group.items() if k not in ("params", "step")}, "param_groups", left_out) for group in inner["param_groups"]]
-    _expect_groups(groups, where)
+    expect_groups(groups, where)
     scaler = _plain(optimizer.get("grad_scaler"), "grad_scaler", left_out)
     return TrainingState(form, groups, _step(inner), scaler, common, left_out=left_out, **more)
 
@@ -132,7 +132,12 @@ def group_decays(group: Mapping[str, Any]) -> bool:
     return group.get("wd_mult", group.get("pre_wd_mult", 1.0)) != 0
 
 
-def _expect_groups(groups: Sequence[Mapping[str, Any]], where: str) -> None:
+def expect_groups(groups: Sequence[Mapping[str, Any]], where: str) -> None:
+    """There is a parameter group with weight decay and one without, or one of the two.
+
+    Raises:
+        CheckpointError: there are others.
+    """
     several = len({group_decays(group) for group in groups}) != len(groups)
     special = [key for group in groups for key in ("is_expert_parallel", "is_decoupled_lr") if group.get(key)]
     if several or special:

@@ -21,7 +21,7 @@ from checkpoints.files.stored import Stored
 from checkpoints.files.torch_save import Slot
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Readable
-from checkpoints.optimizer import KINDS, MASTER, MOMENTS, PREFIX, Form, TrainingState, decays, group_decays, inner_of
+from checkpoints.optimizer import KINDS, MASTER, MOMENTS, PREFIX, Form, TrainingState, decays, expect_groups, group_decays, inner_of
 
 FLAT = "distrib_optim.pt"
 _FLAT_KINDS = {"param": MASTER, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -71,6 +71,7 @@ def _numbered(path: Path, optimizer: Mapping[str, Any], parts: Sequence[Part]) -
     inner = inner_of(optimizer)
     if not inner.get("state"):
         raise CheckpointError(f"{path} holds no moments: no step was made yet, or {FLAT} is missing beside it", _AGAIN)
+    expect_groups(inner["param_groups"], str(path))
     masters = optimizer.get("fp32_from_fp16_params", optimizer.get("fp32_from_fp16", ()))
     found: list[dict[str, Readable]] = [{} for _ in parts]
     for number, group in enumerate(inner["param_groups"]):

@@ -77,7 +77,7 @@ class RankFiles(Target):
         self.model, self.dtypes, self.state = model, dtypes, state
         self._dialect, self._ranks, self._stages, self._pipeline = dialect, ranks, list(stages), pipeline or len(stages)
         if sum(stages) != model.num_layers:
-            raise CheckpointError(f"stages of {', '.join(map(str, stages))} layers, and the model has {model.num_layers}", "another --layout")
+            raise CheckpointError(f"stages of {', '.join(map(str, stages))} layers, and the model has {model.num_layers}", "another --layout, or layers of each virtual stage")
         if len(stages) % self._pipeline or len(stages) > self._pipeline and (dialect.format != "torch" or self._pipeline == 1):
             what = f"{len(stages)} stages cannot be interleaved over {self._pipeline} pipeline ranks in the format {dialect.format}"
             raise CheckpointError(what, "--to torch, and stages a multiple of --pp 2 or more")
