@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from data_tools.errors import DataError
@@ -28,11 +30,13 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     one reported. Close the iterator to stop early. A worker that dies raises DataError (multiprocessing.Pool would
     wait for it for ever).
     """
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_start, initargs=(function,))
+    context = _context()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function,))
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(_call, item))
+            with _uninterrupted() if context.get_start_method() == "spawn" else nullcontext():  # the pool starts its processes here, one by one
+                pending.append(pool.submit(_call, item))
             if len(pending) >= _WINDOW * workers:
                 yield pending.popleft().result()
         while pending:
@@ -42,6 +46,17 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise DataError("a worker process died, most likely for want of memory", f"one of {workers} workers", fix) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits. A process that is started meanwhile never hears of it: while it imported, it would die with a traceback."""
+    resource_tracker.ensure_running()  # which starts a process too, and lets signals in behind it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context() -> multiprocessing.context.BaseContext:

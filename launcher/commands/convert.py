@@ -139,7 +139,8 @@ def carry_out(loaded: Loaded) -> None:
     except CheckpointError as error:
         raise UserError(str(error), loaded.recipe.convert.source or "", error.fix) from error
     except KeyboardInterrupt:
-        typer.echo(f"stopped    what is written is kept in {loaded.recipe.convert.target}.part; the same command goes on with it", err=True)
+        part = f"{str(loaded.recipe.convert.target).rstrip('/')}.part"
+        typer.echo(f"stopped    {f'what is written is kept in {part}' if Path(part).is_dir() else 'nothing was written yet'}; the same command goes on", err=True)
         raise typer.Exit(_STOPPED) from None
     except OSError as error:
         fix = "see to the space and the rights there, and start again"
