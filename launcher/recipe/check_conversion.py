@@ -24,6 +24,7 @@ TP, PP = "convert.tensor_model_parallel_size", "convert.pipeline_model_parallel_
 LAYOUT, VIRTUAL = "convert.pipeline_model_parallel_layout", "convert.num_layers_per_virtual_pipeline_stage"
 OPTIMIZER, TRAINED = "convert.optimizer", ("torch_dist", "torch")  # formats that hold a training, too
 RANKS = {"torch_dist": (), "hf": (), "mindspore": (TP,)}  # what of a layout a format has; the others have both
+_MOMENTS = 8  # bytes of Adam's two for each number; where weights are in 16 bits there are fp32 ones too
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -128,6 +129,7 @@ def _bytes(case: Case, found: Found) -> int | None:
             return None
         precision = c.dtype or (own.training.precision if own else said.precision)
         width = 1 if c.quantize or model.quantize and c.to in QUANTIZED else _BYTES.get(precision, 1)
+        width += _MOMENTS if c.optimizer != "none" else 0
         width += 12 * (c.optimizer != "none")  # fp32 weights and two moments, which plain fp32 weights need no copy of
         width -= 4 * (c.optimizer == "plain" and precision == "fp32")
         numbers = sum(prod(one.shape) for one in tensors(model))
