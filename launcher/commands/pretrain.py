@@ -65,6 +65,7 @@ def train(loaded: Loaded, verb: str, accept_changes: bool, dry_run: bool) -> Non
     if loaded.recipe.launch.kind == "slurm":
         typer.echo(submit(loaded, folder, verb), err=True)
         return
+    folder.finished.unlink(missing_ok=True)
     code = launch(loaded.recipe, folder, WORKER, verb)
     if code == STOPPED and _complete(folder, loaded.recipe):  # by a signal that came after the last step
         code = 0
@@ -155,7 +156,9 @@ def _say_what_is_there(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def _complete(folder: RunFolder, recipe: Recipe) -> bool:
-    """Is the newest checkpoint the last one? Unknown (with a batch size ramp) counts as yes."""
+    """Is the newest checkpoint the last one? Unknown (with a batch size ramp) counts as yes, and so does an early stop."""
+    if folder.finished.is_file():
+        return True
     iteration, last = folder.latest_iteration(), recipe.derived.train_iters
     return iteration is not None and (last is None or iteration >= last)
 

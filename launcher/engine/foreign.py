@@ -63,8 +63,8 @@ def open_checkpoint(recipe: Recipe, checkpoint: Path) -> Source:
     """
     found, asked = recognise(checkpoint), recipe.convert
     config = Path(asked.hf_config) if asked.hf_config else None
-    own, said = own_recipe(found.path), beside(found, config).model
-    model = model_of(own) if own else None if said else model_of(recipe)
+    own = own_recipe(found.path)
+    model = model_of(own) if own else None if beside(found, config).model else model_of(recipe)
     source = open_source(found, model, None if model else asked.vocab_size, source_fused(asked), config)  # type: ignore[arg-type]
     mine, theirs = vars(recipe.model), dict(source.training) if model and not own else {}
     if wrong := [f"{key} {theirs[key]} there, {mine[key]} here" for key in _BY_NUMBERS if theirs.get(key) is not None and theirs[key] != mine[key]]:

@@ -36,9 +36,9 @@ class Start:
     ours: bool
 
 
-def start_of(checkpoint: Path, resumes: bool = False) -> Start | None:
-    """What a checkpoint's folder says, beside the weights; None where the weights' files alone may say it. A run that `resumes`
-    names its tokenizer as before, another one the copies in the checkpoint.
+def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None) -> Start | None:
+    """What a checkpoint's folder says, or `hf_config` where it has no config.json; None where the weights' files alone may say
+    it. A run that `resumes` names its tokenizer as before, another one the copies in the checkpoint.
 
     Raises:
         CheckpointError, UserError: what it says cannot be read.
@@ -50,7 +50,7 @@ def start_of(checkpoint: Path, resumes: bool = False) -> Start | None:
         tokenizer = own.tokenizer if resumes else with_copies(own.tokenizer, checkpoint / "tokenizer")
         return Start(vars(own.model), tokenizer, str(checkpoint / "recipe.yaml"), True)
     found = recognise(checkpoint)
-    said = beside(found)
+    said = beside(found, hf_config)
     if said.model is None:
         return None
     tokenizer, why = tokenizer_beside(said.companions, said.model, found.path)
@@ -71,7 +71,8 @@ def take(recipe: Recipe, sources: dict[str, str], name: str) -> None:
     The sizes of a model are one thing: a recipe that gives some of them gives them all, and the folder must fit.
     """
     try:
-        start = start_of(*_checkpoint(recipe, name))
+        config = recipe.convert.hf_config
+        start = start_of(*_checkpoint(recipe, name), Path(config) if config else None)
     except (CheckpointError, UserError, OSError):
         return
     if start is None:

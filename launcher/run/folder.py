@@ -44,6 +44,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.validation = self.path / "validation.jsonl"
+        self.finished = self.path / "finished"  # there when the last start came to the training's end, early stops included
         self.changes: list[str] = []
         self._lock: Lock | None = None
 

@@ -46,7 +46,9 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
 
     reason = Trainer(recipe, state, stop, progress, save).run()
     if progress is not None:
-        if reason:
+        if reason is None:
+            folder.finished.write_text(f"{state.iteration}\n", encoding="utf-8")
+        else:
             progress.note(f"stopped    by {reason} after step {state.iteration} of {recipe.derived.train_iters}")
         progress.close()
     finish()

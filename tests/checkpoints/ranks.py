@@ -3,7 +3,7 @@
 megatron-core is imported once, and the ranks of every layout are forked from there: an import takes as long as all they do.
 This is no script: the processes that megatron-core spawns to save import the main one again, and this would be slow.
 FOLDER/*/ are converted checkpoints, FOLDER/torch/*/ such of a file per rank at TP 2 x PP 2, FOLDER/../hf/*/ what they were converted
-from, FOLDER/ids.pt the prompt [s], FOLDER/rows* rows to train on; FOLDER/TPxPP.pt is what rank 0 of a layout found.
+from, FOLDER/../others/*/ such in other formats, FOLDER/ids.pt the prompt [s], FOLDER/rows* rows to train on; FOLDER/TPxPP.pt is what rank 0 of a layout found.
 """
 
 import os
@@ -126,17 +126,18 @@ def rank(folder: Path, tp: int, pp: int) -> None:
     ids = torch.load(folder / "ids.pt")
     paths = sorted(path for path in folder.iterdir() if (path / "release").is_dir())
     words = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
-    published = sorted((folder.parent / "hf").iterdir())
-    files = [path for path in sorted((folder / "torch").iterdir()) if not path.name.endswith("-run")]
-    found: dict = {
-        "logits": {path.name: logits(path, ids, *words) for path in paths},
-        "direct": {path.name: logits(path, ids, *words) for path in published},
-        "files": {path.name: logits(path, ids, *words) for path in files},
-        "losses": {str(path.parent): losses(folder, path, *words) for path in (folder.parent / "hf" / TUNED, folder / TUNED, folder / "torch" / TUNED)},
-    }
+    found: dict = {"logits": {path.name: logits(path, ids, *words) for path in paths}}
+    if tp == pp:
+        as_they_are = [*sorted((folder.parent / "hf").iterdir()), *sorted((folder.parent / "others").iterdir())]
+        found["direct"] = {path.name: logits(path, ids, *words) for path in as_they_are}
+    else:
+        found["files"] = {path.name: logits(path, ids, *words) for path in sorted((folder / "torch").iterdir())}
+    if (tp, pp) != (2, 2):
+        starts = (folder.parent / "hf" / TUNED, folder / TUNED, folder / "torch" / TUNED)
+        found["losses"] = {str(path.parent): losses(folder, path, *words) for path in starts}
     if (tp, pp) == (1, 2):
         interleaved = "parallel.num_layers_per_virtual_pipeline_stage=1"
-        found["losses"]["interleaved"] = losses(folder, folder.parent / "hf" / TUNED, *words, interleaved)
+        found["losses"]["interleaved"] = losses(folder, starts[0], *words, interleaved)
     if (tp, pp) == (2, 1):
         found["parameters"] = {name: parameters(values, tp) for name, values in VARIANTS.items()}
     if (tp, pp) == (2, 2):

@@ -14,6 +14,9 @@ from tests.launcher.engine.sft_worker import write_rows
 
 INT8 = ("gpt2", "llama_grouped_tied")  # such that are quantized too
 RANK_FILES = ("gpt2", "llama_grouped_tied", "llama2")  # such that are converted into a file per rank too
+OTHERS = {  # formats, of which models
+    "pai": ("llama2", "--pp", 2), "mindspore": ("llama2", "--tp", 2, "--fused-layout", "grouped"), "yuan": ("yuan2", "--tp", 2, "--pp", 2),
+}  # fmt: skip
 FUSED = "llama_grouped_tied"  # with the names of Transformer Engine's modules
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,6 +65,8 @@ def folder(tmp_path_factory):
         convert(folder / "hf" / name, folder / "ours" / "torch" / name, *words, "--transformer-impl", impl)
     write(folder / "hf" / "yuan2", YUAN, yuan_tensors())
     convert(folder / "hf" / "yuan2", folder / "ours" / "yuan2")
+    for name, (of, *words) in OTHERS.items():
+        convert(folder / "hf" / of, folder / "others" / name, "--to", name, *words)
     write_rows(folder / "ours" / "rows")
     torch.save(references, folder / "references.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -83,26 +88,27 @@ def test_logits_are_those_of_transformers_at_every_layout(folder, name):
 
 
 @pytest.mark.parametrize("name", RANK_FILES)
-def test_logits_of_files_per_rank_at_their_own_layout_and_at_every_other(folder, name):
+def test_logits_of_files_per_rank_at_their_own_layout_and_at_others(folder, name):
     found = torch.load(folder / "ours" / "2x2.pt")["logits"]
     assert torch.equal(found[f"torch/{name}"], found[name])
-    for tp, pp in LAYOUTS:
-        found = torch.load(folder / "ours" / f"{tp}x{pp}.pt")
+    for layout in ("2x1", "1x2"):
+        found = torch.load(folder / "ours" / f"{layout}.pt")
         assert torch.equal(found["files"][name], found["logits"][name])
 
 
-@pytest.mark.parametrize("name", [*published.NAMES, "yuan2"])
-def test_a_hugging_face_folder_is_loaded_as_it_is(folder, name):
-    for tp, pp in LAYOUTS:
-        found = torch.load(folder / "ours" / f"{tp}x{pp}.pt")
-        assert found["direct"][name].std() > 0.1 and torch.equal(found["direct"][name], found["logits"][name])
+@pytest.mark.parametrize("name", [*published.NAMES, "yuan2", *OTHERS])
+def test_a_folder_of_another_format_is_loaded_as_it_is(folder, name):
+    for layout in ("1x1", "2x2"):
+        found = torch.load(folder / "ours" / f"{layout}.pt")
+        converted = found["logits"][OTHERS[name][0] if name in OTHERS else name]
+        assert converted.std() > 0.1 and torch.equal(found["direct"][name], converted)
 
 
-def test_fine_tuning_begins_alike_from_every_format_at_every_layout(folder):
+def test_fine_tuning_begins_alike_from_every_format_whatever_the_layout(folder):
     first = torch.load(folder / "ours" / "1x1.pt")["losses"][str(folder / "hf")]
     assert first[0] > first[1]
-    for tp, pp in LAYOUTS:
-        found = torch.load(folder / "ours" / f"{tp}x{pp}.pt")["losses"]
+    for layout in ("1x1", "2x1", "1x2"):
+        found = torch.load(folder / "ours" / f"{layout}.pt")["losses"]
         of_layout = found.pop(str(folder / "hf"))
         assert of_layout == pytest.approx(first, rel=5e-3)  # bf16
         assert found.pop("interleaved", of_layout) == pytest.approx(of_layout, rel=1e-6)

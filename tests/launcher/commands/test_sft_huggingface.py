@@ -86,6 +86,7 @@ def test_what_comes_out_is_what_was_trained(story):
     """The loss of `transformers` on the validation rows, of the exported weights and by the exported template, is the run's lowest."""
     folder, printed = story
     assert "export     tuned" in printed and "read back and found equal" in printed
+    assert (folder / "runs/tuned/finished").read_text() == "130\n"
     model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder / "tuned"), transformers.AutoTokenizer.from_pretrained(folder / "tuned")
     total, count = 0.0, 0
     for row in ROWS[::5]:
