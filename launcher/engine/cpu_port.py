@@ -87,6 +87,10 @@ def _factory_on_cpu(function):
     return on_cpu
 
 
+def _no_gpu(*_):
+    raise RuntimeError("there is no GPU")
+
+
 def _tensor_to(original):
     @functools.wraps(original)
     def to(self, *args, **kwargs):
@@ -146,6 +150,9 @@ def install() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
+
+    # torch.compile asks for the GPU's properties, and takes this for "there is none".
+    cuda.get_device_properties = _no_gpu
 
     # Allocations and moves with device="cuda".
     for name in _FACTORIES:

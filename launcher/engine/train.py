@@ -13,7 +13,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from checkpoints.adapters import Adapters
-from launcher.engine import data, model
+from launcher.engine import compiled, data, model
 from launcher.engine.optimizer import build_optimizer, build_scheduler, init_batch_calculator
 from launcher.engine.step import from_last_stage, run_microbatches
 from launcher.recipe.schema import Recipe
@@ -76,7 +76,12 @@ def build(recipe: Recipe) -> TrainState:
     """Model, optimizer and schedule of this rank, with fresh weights."""
     init_batch_calculator(recipe, torch.distributed.get_rank())
     config = model.transformer_config(recipe)
-    chunks = model.wrap_data_parallel(recipe, config, model.build_chunks(recipe, config))
+    if recipe.training.torch_compile:
+        compiled.ask_for_fused(config)
+    chunks = model.build_chunks(recipe, config)
+    if recipe.training.torch_compile:
+        compiled.compile_norms(chunks)
+    chunks = model.wrap_data_parallel(recipe, config, chunks)
     optimizer = build_optimizer(recipe, chunks)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads

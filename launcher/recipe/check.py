@@ -39,6 +39,7 @@ _TRAINING: tuple[Check, ...] = (
     check_model.family,
     *LAYOUT,
     check_layout.gpus,
+    check_layout.compiler,
     check_slurm.slurm,
     check_schedule.units,
     check_schedule.learning_rate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from math import gcd
+from shutil import which
 
 from launcher.recipe.device import gpu_count
 from launcher.recipe.endpoint import host_and_port, is_loopback
@@ -144,6 +145,14 @@ def _meeting(case: Case) -> Iterator[Problem]:
     elif is_loopback(found[0]):
         what = f"{found[0]} is to every machine its own address: {launch.nnodes} machines do not meet there"
         yield Problem(what, at, fix, "warning")  # several launchers of one machine do
+
+
+def compiler(case: Case) -> Iterator[Problem]:
+    """torch.compile writes C++ for a CPU, and has it compiled where the training runs."""
+    name = os.environ.get("CXX", "g++")
+    if case.recipe.training.torch_compile and case.recipe.derived.device == "cpu" and which(name) is None:
+        what, fix = f"torch.compile needs a C++ compiler, and there is no {name} here", "install g++, or training.torch_compile=false"
+        yield Problem(what, case.at("training.torch_compile", "launch.device"), fix, "error" if case.launching else "warning")
 
 
 def gpus(case: Case) -> Iterator[Problem]:

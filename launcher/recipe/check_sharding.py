@@ -58,11 +58,17 @@ def offloading(case: Case) -> Iterator[Problem]:
     asked = [key for key in (OFFLOADED, "optimizer.optimizer_cpu_offload") if case.value(key)]
     for key in asked if recipe.derived.device == "cpu" else ():
         yield Problem(f"{key.split('.')[1]} moves to the host's memory what a GPU has no room for; this is a CPU", case.at(key, "launch.device"), _off(key))
+    for key in asked if case.launching and recipe.derived.device == "cuda" and find_spec("transformer_engine") is None else ():
+        what = f"megatron-core's {key.split('.')[1]} needs Transformer Engine, which is not installed"
+        yield Problem(what, case.at(key), f"pip install transformer-engine[pytorch], or {_off(key)}")
     if OFFLOADED in asked:
         yield from _activations(case)
     if recipe.optimizer.optimizer_cpu_offload and not recipe.parallel.use_distributed_optimizer:
         what = "megatron-core updates in the host's memory what the distributed optimizer shares out, and nothing else"
         yield Problem(what, case.at("optimizer.optimizer_cpu_offload", DISTRIBUTED), f"{DISTRIBUTED}=true")
+    if recipe.optimizer.optimizer_cpu_offload and recipe.training.precision == "fp32":
+        what = "megatron-core updates in the host's memory the fp32 copies of 16-bit weights alone"
+        yield Problem(what, case.at("optimizer.optimizer_cpu_offload", "training.precision"), "training.precision=bf16")
     if not 0 <= recipe.optimizer.optimizer_offload_fraction <= 1:
         key = "optimizer.optimizer_offload_fraction"
         yield Problem(f"{key} is a share, not {case.value(key)}", case.at(key), "give a value from 0 to 1", by_itself=True)
@@ -84,9 +90,6 @@ def _activations(case: Case) -> Iterator[Problem]:
     for key in (key for key, used in fused.items() if used):
         what = "Transformer Engine's layers alone move their activations to the host's memory, and these are not they"
         yield Problem(what, case.at(OFFLOADED, key), _off(OFFLOADED))
-    if case.launching and recipe.derived.device == "cuda" and find_spec("transformer_engine") is None:
-        what = "Transformer Engine moves activations to the host's memory, and it is not installed"
-        yield Problem(what, case.at(OFFLOADED), f"pip install transformer-engine[pytorch], or {_off(OFFLOADED)}")
 
 
 def _off(key: str) -> str:

@@ -84,24 +84,47 @@ def trained_parameters(recipe: Recipe, stage: list[Chunk]) -> int:
 def bytes_per_parameter(recipe: Recipe) -> tuple[float, float, float]:
     """Bytes of weight, gradient and optimizer state for each number that a rank holds.
 
-    Megatron's 18, or 6 + 12 / DP with the distributed optimizer, are bf16: its gradients are reduced in fp32.
+    Megatron's 18, or 6 + 12 / DP with the distributed optimizer, are bf16: its gradients are reduced in fp32. With ZeRO 2 and 3
+    all 16 / DP are fp32; the weights that are gathered come on top.
     """
     precision = recipe.training.precision
+    if sharded(recipe):
+        return 4 / recipe.derived.data_parallel_size, 4 / recipe.derived.data_parallel_size, 8 / recipe.derived.data_parallel_size
     share = recipe.derived.data_parallel_size if recipe.parallel.use_distributed_optimizer else 1
     moments, main_weights = 8, 0 if precision == "fp32" else 4
     return BYTES[precision], 2 if precision == "fp16" else 4, (moments + main_weights) / share
 
 
+def sharded(recipe: Recipe) -> bool:
+    """Whether every rank keeps rows alone: ZeRO 2 and 3."""
+    return (recipe.parallel.zero or 0) >= 2
+
+
+def gathered(recipe: Recipe, stage: list[Chunk]) -> int:
+    """Weights that ZeRO's ranks gather from each other: in stage 2 all for the whole step, in stage 3 those of a layer, of the
+    one that is gathered meanwhile, and of what surrounds the layers."""
+    if not sharded(recipe):
+        return 0
+    size, (shared, whole) = BYTES[recipe.training.precision], layer_parameters(recipe)
+    count, layers = stage_parameters(recipe, stage), sum(chunk.layers for chunk in stage)
+    layer = shared // recipe.parallel.tensor_model_parallel_size + whole
+    return size * (count if recipe.parallel.zero == 2 else count - max(layers - 2, 0) * layer)
+
+
 def _rank(recipe: Recipe, number: int, stage: list[Chunk], saves: bool) -> Memory:
     count, each = trained_parameters(recipe, stage), bytes_per_parameter(recipe)
     held = stage_parameters(recipe, stage) + (count if recipe.lora.rank else 0)
-    weights, gradients, optimizer = int(held * each[0]), int(count * each[1]), int(count * each[2])
+    weights, gradients, optimizer = int(held * each[0]) + gathered(recipe, stage), int(count * each[1]), int(count * each[2])
     kept = _kept(recipe, number, stage)
     # moments in which the activations are there, and in which they are not
     full = max(_loss(recipe, stage), _layer(recipe, stage) - (activations.norm(recipe) if stage[-1].output else 0))
     save = _save(recipe, stage, count) if saves else 0
-    empty = max(_end(recipe, stage), _update(recipe, count), save)
-    there, workspace = (kept, full) if kept + full >= empty else (0, empty)
+    built = count * BYTES[recipe.training.precision] - weights - gradients - optimizer if sharded(recipe) else 0
+    empty = max(_end(recipe, stage), _update(recipe, count), save, built)
+    # The rows' gradients are made by the first backward pass, and the activations are there until then.
+    late = gradients if sharded(recipe) and recipe.derived.num_microbatches == 1 else 0
+    there, workspace = (kept, full) if kept + full - late >= empty else (0, empty)
+    gradients -= late if there else 0
     saving = not there and workspace == save > 0
     return Memory(weights, gradients, optimizer, there, workspace + _always(recipe), BASE[recipe.derived.device], saving)
 
@@ -161,16 +184,20 @@ def _layer(recipe: Recipe, stage: list[Chunk]) -> int:
         work += together * activations.layer(recipe)
     elif p.recompute_granularity == "selective":
         work += activations.core_attention(recipe)
-    tied = _tied_here(recipe, stage) and recipe.derived.device == "cuda" and not recipe.lora.rank
+    if sharded(recipe):  # a whole layer's, and their copy in fp32 that is summed
+        shared, whole = layer_parameters(recipe)
+        work += (shared // tp + whole) * (size + 4)
+    tied = _tied_here(recipe, stage) and (recipe.derived.device == "cuda" or sharded(recipe)) and not recipe.lora.rank
     return work + (_table(recipe) if tied else 0)
 
 
 def _end(recipe: Recipe, stage: list[Chunk]) -> int:
     """The vocabulary's table at the end of the backward pass: its gradient, and tied that of the logits and their sum. A CPU
     adds the batch's rows to the buffer."""
-    if not stage[0].embedding or recipe.derived.device == "cpu" or recipe.lora.rank:
+    if not stage[0].embedding or recipe.derived.device == "cpu" and not sharded(recipe) or recipe.lora.rank:
         return 0
-    return _table(recipe) * (3 if _tied_here(recipe, stage) else 1)
+    summed = vocabulary_table(recipe) // recipe.parallel.tensor_model_parallel_size * 4 if sharded(recipe) else 0
+    return _table(recipe) * (3 if _tied_here(recipe, stage) else 1) + summed
 
 
 def _update(recipe: Recipe, count: int) -> int:
@@ -190,6 +217,8 @@ def _save(recipe: Recipe, stage: list[Chunk], count: int) -> int:
     p, m, w = recipe.parallel, recipe.model, widths(recipe)
     if recipe.derived.device == "cuda":
         return 0
+    if sharded(recipe):  # the weights in the training's precision, of fp32 ones
+        return 0 if recipe.training.precision == "fp32" else 2 * count // recipe.derived.data_parallel_size
     if p.use_distributed_optimizer:
         return (12 + 12) * count + 12 * count // recipe.derived.data_parallel_size
     weight, _, state = bytes_per_parameter(recipe)
