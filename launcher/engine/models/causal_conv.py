@@ -41,11 +41,13 @@ class TwoTaps(torch.autograd.Function):
         back = dy if joined is None else dy * joined  # what goes back to the token before
         dx = dy @ now
         dx[:-1].flatten(0, 1).addmm_(back[1:].flatten(0, 1), earlier)
-        d_weight, d_before = torch.empty_like(weight), None
+        d_before = None if before is None else back[:1] @ earlier
+        if not ctx.needs_input_grad[1]:  # frozen, as beside adapters
+            return dx, None, None, d_before, None
+        d_weight = torch.empty_like(weight)
         d_weight[..., 0] = back[1:].flatten(0, 1).t() @ x[:-1].flatten(0, 1)
         d_weight[..., 1] = dy.flatten(0, 1).t() @ x.flatten(0, 1)
         if before is not None:
-            d_before = back[:1] @ earlier
             d_weight[..., 0] += back[0].t() @ before[0]
         return dx, d_weight, dy.sum((0, 1)), d_before, None
 

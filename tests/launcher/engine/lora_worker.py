@@ -187,6 +187,35 @@ def after(recipe, state):
     return yuan2.evaluate(recipe, state)
 
 
+def products(recipe, state):
+    """Multiply-adds of all products of matrices of a step, forward and backward, on this rank."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from launcher.engine.step import run_microbatches
+
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}  # of shapes; torch counts the others
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        run_microbatches(recipe, state.chunks, yuan2.batches(recipe, state.chunks), yuan2.SAMPLES // recipe.derived.data_parallel_size)
+    return counter.get_total_flops() / 2
+
+
+def without_a_product(recipe, full):
+    """How many numbers of frozen matrices, the vocabulary's included, have a product for their gradient: of a step with
+    adapters, `recipe`, whose layout is that of a step of all weights that took `full` products."""
+    from launcher.engine.model import unwrap
+    from launcher.engine.train import build
+
+    yuan2.form_groups(recipe)
+    state = build(recipe)
+    tokens = yuan2.TOKENS * yuan2.SAMPLES // recipe.derived.data_parallel_size
+    trained = sum(parameter.numel() for _, parameter in named(recipe, state.chunks))
+    frozen = sum(p.numel() for n, p in unwrap(state.chunks[0]).named_parameters() if not p.requires_grad and p.dim() > 1 and "embedding" not in n)
+    if not recipe.model.untie_embeddings_and_output_weights:
+        frozen += recipe.derived.padded_vocab_size * recipe.model.hidden_size
+    return frozen - (full - (products(recipe, state) - 3 * tokens * trained)) / tokens
+
+
 def resumed_exactly(folder):
     """With dropout: two steps on, and the second again from the checkpoint of the first; how many adapters differ."""
     import torch
@@ -247,6 +276,10 @@ def begin(folder):
             for name, parameter in unwrap(state.chunks[0]).named_parameters():
                 parameter.copy_(one.weights[name])
         checkpoint.save(recipe, state, folder / family, folder / "tokenizer")
+        full = products(recipe, state)
+        recipe.lora = Lora(rank=RANK)
+        resolve(recipe, {}, "lora")
+        expected[f"{family} products"] = without_a_product(recipe, full)
         for name in (name for name, case in CASES.items() if case[0] == family):
             adapters = one.adapters(of_case(name))
             expected[name] = (adapters, one.logits(adapters), *one.gradients(adapters))
@@ -285,7 +318,7 @@ def main(folder):
         checkpoint.load(recipe, state, newest_checkpoint(folder / "llama_adapters"), resume=True)
         assert state.iteration == 1
         next_[name] = after(recipe, state)
-    about = {"resumed": resumed_exactly(folder)}
+    about = {"resumed": resumed_exactly(folder)} | {f"{family} products": expected[f"{family} products"] for family in FAMILIES}
     for name in SAVED.values():
         about[f"merged at {name}"] = merged_apart(name, folder / f"{CASES[name][0]}_adapters")
     every = [None] * torch.distributed.get_world_size()

@@ -50,6 +50,11 @@ def test_logits_loss_and_gradients_are_those_of_the_merged_weights(found, name):
     assert max(differences.values()) < 1e-4, differences
 
 
+@pytest.mark.parametrize("family", worker.SAVED)
+def test_frozen_weights_cost_no_product_for_their_gradient(found, family):
+    assert found["about"][f"{family} products"] <= 0  # below: nothing goes back to the input of the first layer
+
+
 @pytest.mark.parametrize("name", worker.LOADED)
 def test_a_run_goes_on_at_another_layout(found, name):
     assert found["next"][name] == pytest.approx(found["next"][worker.SAVED["llama"]], abs=1e-5)
