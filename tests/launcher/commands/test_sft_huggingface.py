@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from launcher.recipe import load
+from launcher.recipe.frozen import read_frozen
 from tests.data_tools.samples import small_gpt2, write_jsonl
 from tests.launcher.engine.runs import records, yuan
 
@@ -111,6 +114,20 @@ def test_it_answers_in_the_form_that_it_was_trained_in(story):
         ids = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=False)
         told = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
         assert tokenizer.decode(told, skip_special_tokens=True) == answer["output"] and len(told) < 8  # <|im_end|> ended it
+
+
+def test_the_template_comes_back_by_its_name(story, inside):
+    assert "read back and found equal" in inside("convert", "tuned", "back")
+    recipe = read_frozen(story[0] / "back/release/recipe.yaml")
+    assert (recipe.tokenizer.type, recipe.tokenizer.chat_template) == ("HuggingFaceTokenizer", "chatml")
+    assert "chat_template" not in (story[0] / "hf/tokenizer_config.json").read_text()
+
+
+def test_the_check_of_it_imports_no_torch(story):
+    ask = "import sys; from launcher.cli import app\ntry:\n    app(['check', 'recipe=tuned.yaml', 'run.name=another', 'checkpoint.export_hf=new'])\n"
+    ask += "finally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=story[0], capture_output=True, text=True)
+    assert "tuned would run with `yuan sft`" in done.stdout and done.stdout.endswith("False\n"), done
 
 
 def test_a_finished_run_is_exported_once(story, inside):
