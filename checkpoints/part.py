@@ -17,18 +17,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from checkpoints.folder import CheckpointError, flush, flush_one
+from checkpoints.journal import Journal, noted
 from data_tools.errors import DataError
 from data_tools.lock import Lock
 
 MARK, _WRITTEN = ".conversion", ".written."
-SYNC_SECONDS = 10.0  # between two flushings of what is written to the disk: so much work a kill or a lost machine costs
 _WAIT_SECONDS = 10.0  # for another share that looks at the folder
 _ANOTHER = "give another target"
 Shard = tuple[int, int]
@@ -61,7 +60,7 @@ class Part:
         """
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.path.glob(f"{_WRITTEN}*")):
-            for one in _lines(path.read_bytes()):
+            for one in noted(path):
                 if found.setdefault(one["name"], one) != one:
                     raise CheckpointError(
                         f"{one['name']} was read in two ways by two shares of this conversion",
@@ -216,57 +215,6 @@ class Part:
         self.checkpoint.rename(self.folder)
         flush_one(self.folder.parent)
         self._remove()
-
-
-class Journal:
-    """The tensors that are written, a line each, which comes after the tensor is on the disk. Flushing is done beside."""
-
-    def __init__(self, path: Path, files: Iterable[Path]):
-        self._file = open(path, "a+b")  # noqa: SIM115  closed by `close`
-        self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line that was cut off is none
-        self._files, self._lines = tuple(files), []
-        self._beside, self._since = ThreadPoolExecutor(1), time.monotonic()
-        self._syncing: Future[None] = self._beside.submit(self._sync, [])
-
-    def note(self, line: Mapping[str, Any]) -> None:
-        """A tensor is written."""
-        self._lines.append(json.dumps(line) + "\n")
-        if self._syncing.done() and time.monotonic() - self._since >= SYNC_SECONDS:
-            self._next()
-
-    def _next(self) -> None:
-        self._syncing.result()  # raises what went wrong
-        lines, self._lines, self._since = self._lines, [], time.monotonic()
-        self._syncing = self._beside.submit(self._sync, lines)
-
-    def _sync(self, lines: list[str]) -> None:
-        for path in self._files if lines else ():
-            flush_one(path)
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Note the last."""
-        try:
-            self._next()
-            self._syncing.result()
-        finally:
-            self._beside.shutdown()
-            self._file.close()
-
-
-def _lines(content: bytes) -> Iterator[dict[str, Any]]:
-    """The lines of a journal, up to one that its writer did not end."""
-    for line in content.splitlines(keepends=True):
-        try:
-            one = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            return
-        if not isinstance(one, dict):
-            return
-        yield one
 
 
 def _otherwise(mark: Path, plan: Mapping[str, Any]) -> str:

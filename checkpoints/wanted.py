@@ -11,10 +11,11 @@ import torch
 
 from checkpoints.files.stored import DTYPES
 from checkpoints.folder import CheckpointError
-from checkpoints.formats import dialects, hf, mindspore, torch_dist
+from checkpoints.formats import dialects, hf, mindspore
 from checkpoints.formats.base import Source, Target
 from checkpoints.formats.dialects import Dialect
 from checkpoints.formats.rank_target import RankFiles, even, interleaved
+from checkpoints.formats.torch_dist_target import TorchDist
 from checkpoints.models import published
 from checkpoints.models.gpt import SCALE
 from checkpoints.models.mindformers import Fused
@@ -75,7 +76,7 @@ def make_target(source: Source, weights: Path, wanted: Wanted) -> Target:
     stages = list(wanted.stages or even(source.model.num_layers, wanted.pipeline))
     state, model = _state(source, wanted, stages), replace(source.model, vocab_size=rows(source, wanted)) if source.state else source.model
     if wanted.to == "torch_dist":
-        return torch_dist.TorchDist(weights, model, types, rows(source, wanted), state)
+        return TorchDist(weights, model, types, rows(source, wanted), state)
     if wanted.to in dialects.FORMATS:
         return RankFiles(weights, model, types, _dialect(wanted), wanted.tensor, stages, wanted.pipeline, state)
     if wanted.to not in WRITTEN:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.folder import CheckpointError, UnsaidError
+from checkpoints.folder import UnsaidError
 from checkpoints.models.config import number, shared, whole
 from checkpoints.models.model import Model
 

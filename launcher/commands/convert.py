@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from checkpoints.adapters import read_note
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import QUANTIZED, Found, recognise
 from launcher.commands.convert_logits import TOLERANCE, compare_logits, expect_prompts
+from launcher.commands.convert_report import Meter, errors, grouped, next_step, plan
 from launcher.commands.convert_verify import compare
 from launcher.errors import UserError
 from launcher.recipe import Loaded
@@ -160,7 +160,7 @@ def _run(loaded: Loaded) -> None:
     tokenizer = find_tokenizer(loaded, source, base)
     types = conversion.dtypes(source, conversion.DTYPES[asked.dtype] if asked.dtype else None, asked.to)
     size = conversion.nbytes(source, types)
-    typer.echo(_plan(source, found, asked.to, str(asked.target), sorted({conversion.NAMES.get(t, str(t)) for t in types.values()}), size))
+    typer.echo(plan(source, found, asked.to, str(asked.target), sorted({conversion.NAMES.get(t, str(t)) for t in types.values()}), size))
     if note := read_note(found.path):
         typer.echo(f"merged     {note}: W + alpha / rank x B A, summed in fp32")
     if isinstance(source, Dequantized):
@@ -187,7 +187,7 @@ def _run(loaded: Loaded) -> None:
     give_memory_back()
     zeroed: dict[str, int] = {}
     started = time.monotonic()
-    with _Meter(2 * size) as meter:
+    with Meter(2 * size) as meter:
         sums = conversion.convert(
             source, Path(asked.target or ""), wanted, carry, meter.show, zeroed.__setitem__,
             workers=asked.workers, shard=parse_shard(asked.shard), reopen=partial(_opened, loaded, found, base), tell=meter.tell,
@@ -198,12 +198,12 @@ def _run(loaded: Loaded) -> None:
     if zeroed:
         what = f"{sum(zeroed.values()):,} numbers in {len(zeroed):,} tensors, such as {next(iter(zeroed))}, are too small for {asked.dtype}, and became 0"
         typer.echo(f"warning: {what}", err=True)
-    for name, why in _grouped(source.left_out).items():
+    for name, why in grouped(source.left_out).items():
         typer.echo(f"left out   {why}: {name}")
     if isinstance(source, Quantized):
-        typer.echo(_errors(source.errors))
+        typer.echo(errors(source.errors))
     typer.echo(f"done       {len(source.tensors)} tensors, {size / 1e6:,.1f} MB in {seconds:.1f} s, read back and found equal")
-    typer.echo(f"next       {_next(asked.to, str(asked.target), source.state is not None)}")
+    typer.echo(f"next       {next_step(asked.to, str(asked.target), source.state is not None)}")
 
 
 def _opened(loaded: Loaded, found: Found, base: Recipe | None) -> Source:
@@ -218,20 +218,6 @@ def _opened(loaded: Loaded, found: Found, base: Recipe | None) -> Source:
     if source.model.quantize and asked.to not in QUANTIZED:
         return Dequantized(source, DTYPES[asked.dtype] if asked.dtype else None)
     return source
-
-
-def _plan(source: Source, found: Found, to: str, target: str, precisions: list[str], size: int) -> str:
-    ranks = f", {source.layout or f'TP {found.tensor}'}" if found.tensor * found.pipeline > 1 else ""
-    state = source.state
-    going = f"training   step {state.iteration:,}, the optimizer's state {state.form}" if state else ""
-    return "\n".join(
-        [
-            f"source     {source.path}: {source.format}{ranks}",
-            f"model      {source.model}",
-            *([going] if going else []),
-            f"target     {target}: {to}, {' and '.join(precisions)}, {size / 1e6:,.1f} MB",
-        ]
-    )
 
 
 def _config(tokenizer: TokenizerFound) -> dict[str, int]:
@@ -271,74 +257,3 @@ def _carry_template(to: str, settings: Tokenizer, folder: Path) -> None:
 
     if why := write_template(folder, settings.chat_template, tokenizer_of(settings)):
         typer.echo(f"warning: the chat template {settings.chat_template} does not go along: {why}", err=True)
-
-
-def _errors(errors: dict[str, float]) -> str:
-    """The errors of quantized weights, a line for each layer."""
-    modules = list(dict.fromkeys(name.split(".", 3)[3].removesuffix(".weight").split("linear_")[1] for name in errors))
-    rows: dict[str, list[str]] = {}
-    for name, error in errors.items():
-        rows.setdefault(name.split(".")[2], []).append(f"{100 * error:6.2f}%")
-    head = f"error      |w - scale q| / |w|\n  layer  {'  '.join(f'{one:>7}' for one in modules)}"
-    return "\n".join([head, *(f"  {layer:>5}  {'  '.join(row)}" for layer, row in rows.items())])
-
-
-def _grouped(left_out: dict[str, str]) -> dict[str, str]:
-    """One line for each reason: how many, or the one name."""
-    names: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        names.setdefault(why, []).append(name)
-    return {all_[0] if len(all_) == 1 else f"{len(all_)} tensors, such as {all_[0]}": why for why, all_ in names.items()}
-
-
-def _next(to: str, target: str, training: bool) -> str:
-    if to == "hf":
-        return f'AutoModelForCausalLM.from_pretrained("{target}")'
-    if to == "mindspore":
-        return f"yuan inspect {target}; MindFormers: load_checkpoint: {target}, auto_trans_ckpt: False"
-    if to in ("yuan", "pai"):
-        return f"yuan inspect {target}"
-    if training:
-        return f"yuan pretrain recipe=... checkpoint.load={target}, at {'any layout' if to == 'torch_dist' else 'its layout'}"
-    return f"yuan generate --load {target} --input pred_input.jsonl"
-
-
-class _Meter:
-    """Bytes, rate and time left on stderr: a bar on a terminal, elsewhere a line every 10 seconds."""
-
-    def __init__(self, total: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("writing", total=total)
-        self._done, self._kept, self._total = 0, 0, total
-        self._started = self._shown = time.monotonic()
-
-    def show(self, what: str, count: int) -> None:
-        """`count` more bytes are written, or checked; or were kept, before it began."""
-        self._done += count
-        if what == "kept":
-            self._kept += count
-        self._bar.update(self._task, completed=self._done, description=what)
-        now = time.monotonic()
-        if not self._bar.console.is_terminal and now - self._shown > 10 and self._done > self._kept:
-            self._shown = now
-            rate = (self._done - self._kept) / (now - self._started)
-            left = (self._total - self._done) / rate
-            text = f"{what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, {left:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
-
-    def tell(self, what: str, text: str) -> None:
-        """A line above the bar."""
-        line = f"{what:<10} {text}"
-        self._bar.console.print(line) if self._bar.console.is_terminal else typer.echo(line)
-
-    def __enter__(self) -> _Meter:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

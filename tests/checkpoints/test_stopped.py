@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import part as parts  # noqa: E402
+from checkpoints import journal  # noqa: E402
 from checkpoints.convert import Wanted, convert, open_source  # noqa: E402
 from checkpoints.folder import CheckpointError  # noqa: E402
-from checkpoints.formats import base, hf, torch_dist  # noqa: E402
+from checkpoints.formats import base, hf, torch_dist_target  # noqa: E402
 from checkpoints.quantize import Quantized  # noqa: E402
 from checkpoints.recognise import recognise  # noqa: E402
 from data_tools.lock import Lock  # noqa: E402
@@ -59,8 +59,8 @@ def _small_and_fast(set_) -> None:
     """Several files of each format; every tensor is noted at once. Flushing takes most of the time, and saves nothing from a kill."""
     set_(os, "fsync", lambda file: None)
     set_(hf, "_SHARD_BYTES", 1500)
-    set_(torch_dist, "_FILE_BYTES", 3000)
-    set_(parts, "SYNC_SECONDS", 0.0)
+    set_(torch_dist_target, "_FILE_BYTES", 3000)
+    set_(journal, "SYNC_SECONDS", 0.0)
 
 
 def _source(folder: Path):
@@ -172,8 +172,8 @@ def test_a_file_that_was_lost_and_a_line_that_was_cut_off(tmp_path):
     calls = itertools.count()
     with pytest.raises(KeyboardInterrupt):
         _convert(tmp_path, "torch", progress=stop)
-    journal = tmp_path / "out.part" / ".written.0-of-1"
-    journal.write_bytes(journal.read_bytes()[:-5])
+    noted = tmp_path / "out.part" / ".written.0-of-1"
+    noted.write_bytes(noted.read_bytes()[:-5])
     told = []
     shutil.copytree(tmp_path / "out.part", tmp_path / "again.part")
     _convert(tmp_path, "torch", tell=lambda *words: told.append(words))
@@ -219,7 +219,7 @@ def test_shares_on_several_machines(tmp_path):
 
 def test_workers_write_the_same_bytes_and_int8_becomes_bf16(tmp_path, monkeypatch):
     """Two processes, of weights that are quantized on the way: a scale is made with its weight, whoever writes it."""
-    monkeypatch.setattr(torch_dist, "_FILE_BYTES", 4 << 30)  # the workers know of no smaller ones
+    monkeypatch.setattr(torch_dist_target, "_FILE_BYTES", 4 << 30)  # the workers know of no smaller ones
     source = write(tmp_path / "hf", LLAMA, {name: one.bfloat16() for name, one in llama_tensors().items()})
     _yuan(source, tmp_path / "one" / "int8", "--quantize", "int8")
     said = _yuan(source, tmp_path / "two" / "int8", "--quantize", "int8", "--workers", 2)
