@@ -24,6 +24,7 @@ ALTERNATIVES = (
     ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples", "optimizer.lr_decay_tokens"),
     ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples", "optimizer.lr_warmup_tokens", "optimizer.lr_warmup_fraction"),
     ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_samples", "optimizer.lr_wsd_decay_tokens"),
+    ("parallel.zero", "parallel.use_distributed_optimizer"),
 )
 
 OmegaConf.register_resolver("on_gpu", on_gpu, replace=True)

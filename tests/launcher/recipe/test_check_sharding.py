@@ -81,6 +81,12 @@ def test_stage_1_is_the_distributed_optimizer(problems):
     assert loaded.recipe.parallel.use_distributed_optimizer and loaded.sources["parallel.use_distributed_optimizer"] == "derived"
 
 
+def test_a_stage_on_the_command_line_puts_a_recipes_distributed_optimizer_aside(write_recipe):
+    write_recipe("sharing", BASE + "parallel: {use_distributed_optimizer: true}\n")
+    for zero in (1, 2, 3):
+        assert load(["recipe=sharing", f"parallel.zero={zero}"]).recipe.parallel.use_distributed_optimizer == (zero == 1)
+
+
 # GiB of a process while it trains, measured on two ranks as tests/benchmarks/README.md says.
 MEASURED = {("gpt", 2): 2.20, ("gpt", 3): 1.88}
 
