@@ -22,7 +22,7 @@ from checkpoints.models import megatron
 from checkpoints.models.gpt import SCALE
 from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
-from checkpoints.parallel import Copying, all_finite, compare, spread  # noqa: F401
+from checkpoints.parallel import Copying, compare, spread
 from checkpoints.part import WHOLE, Busy, Part, Shard, Stopped, Tell, expect_free, fingerprint
 from checkpoints.recognise import Found, recognise
 from checkpoints.wanted import BARE, READ, Wanted, dtypes, huggingface, make_target, nbytes, rows  # noqa: F401
