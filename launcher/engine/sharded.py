@@ -43,10 +43,9 @@ class ShardedDataParallel(_BaseDataParallel):
         self.stage, self.dtype = stage, config.params_dtype
         self.group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.places, self.others = _places(model, METADATA | {"dp_cp_group": self.group})
-        self.parts = list(model.decoder.layers)
-        if model.pre_process and not (model.post_process and model.share_embeddings_and_output_weights):
-            self.parts.append(model.embedding)
-        self.parts.append(model)  # what is left: final norm, output layer, a tied table
+        apart = not model.share_embeddings_and_output_weights  # a tied table is needed from end to end
+        # In the order of the forward pass; the last is what is left: final norm, output layer, a tied table.
+        self.parts = [*[model.embedding] * apart, *model.decoder.layers, model]
         attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
         self._shard(config)
         self.rows = dict(model.named_parameters())

@@ -56,6 +56,10 @@ def test_megatron_core_is_asked_to_use_the_hosts_memory(run):
     assert run[1]["offloaded"] == [True, 0.5, True, 1]
 
 
+def test_weights_of_other_formats_fill_its_rows(run):
+    assert run[1]["filled"]
+
+
 def test_its_checkpoints_are_converted_like_any(run):
     """Their rows are cut where no other layout cuts them, gate and up in the middle."""
     done = yuan(run[0], "convert", "llama_3/checkpoints", "hf", "--to", "hf")

@@ -106,6 +106,22 @@ def offloaded() -> list:
     return [isinstance(inner, HybridDeviceOptimizer), inner.offload_fraction, config.cpu_offloading, config.cpu_offloading_num_layers]
 
 
+def filled(checkpoint) -> bool:
+    """Whether rows that are read tensor by tensor, as those of other formats are, are the ones that megatron-core reads."""
+    import torch
+
+    from launcher.engine import foreign
+    from launcher.engine.checkpoint import load
+
+    one = of_case("llama", 3)
+    read, other = built(one), built(one)
+    load(one, read, checkpoint, resume=True)
+    other.chunks[0].load_rows({name: [torch.zeros_like(rows.to_local())] for name, rows in other.chunks[0].rows.items()})
+    foreign.fill(one, other.chunks, checkpoint)
+    pairs = zip(read.chunks[0].rows.values(), other.chunks[0].rows.values(), strict=True)
+    return all(torch.equal(mine.to_local(), theirs.to_local()) for mine, theirs in pairs)
+
+
 def main(recipe, folder, stop):
     import torch
 
@@ -138,6 +154,7 @@ def main(recipe, folder, stop):
         load(one, state, folder.path / f"{name}_{saved}" / "checkpoints" / f"iter_{SAVED:07d}", resume=True)
         assert state.iteration == SAVED
         results["resumed"][f"{name} {saved} {new} {tp}"] = train(one, state, STEPS)
+    results["filled"] = filled(folder.path / "llama_3" / "checkpoints" / f"iter_{SAVED:07d}")
     if torch.distributed.get_rank() == 0:
         (folder.path / "result.json").write_text(json.dumps(results))
     finish()
