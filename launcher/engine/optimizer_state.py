@@ -21,16 +21,13 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
+from checkpoints.formats.dist_states import SHARDING
+
 # How the state is cut into tensors. `fully_reshardable` is the one form of the distributed optimizer's state that can be
 # loaded at another TP, PP and DP; megatron-core's default cannot. `mem_efficient` gathers it in the host memory of one rank
 # per data-parallel group. Otherwise each rank would gather all of it, 24 bytes a number, by way of the GPUs' memory, 4 bytes
 # a number: a run that fits would die at its first checkpoint.
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
+METADATA = dict(SHARDING)
 PREFIX = "optimizer.state."
 
 
