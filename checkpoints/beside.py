@@ -53,7 +53,7 @@ def beside(found: Found, hf_config: Path | None = None) -> Beside:
 
 
 def _most_precise(made: Mapping[str, Any]) -> str | None:
-    kinds = {one.get("dtype") for one in made.get("tensors", {}).values()}
+    kinds = [one.get("dtype") for one in made.get("tensors", {}).values()]
     return next((kind for kind in ("fp32", "bf16", "fp16") if kind in kinds), None)
 
 

@@ -66,7 +66,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     """What a conversion wrote beside the weights: empty where none did.
 
     Raises:
-        CheckpointError: what is there cannot be read, or is no JSON object.
+        CheckpointError: what is there cannot be read, or is not of the form in which conversions write it.
     """
     path = folder / MANIFEST
     try:
@@ -75,6 +75,10 @@ def manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}", _ASIDE) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no object", _ASIDE)
+    if wrong := [key for key in ("model", "tensors", "left_out") if not isinstance(found.get(key, {}), dict)]:
+        raise CheckpointError(f"{path} is damaged: its {wrong[0]} is no object", _ASIDE)
+    if wrong := [name for name, one in found.get("tensors", {}).items() if not isinstance(one, dict)]:
+        raise CheckpointError(f"{path} is damaged: {wrong[0]} is no object", _ASIDE)
     return found
 
 

@@ -10,12 +10,11 @@ import torch
 
 from checkpoints.files import mindspore, pickled, safetensors
 from checkpoints.files.stored import NAMES
-from checkpoints.folder import MANIFEST, CheckpointError
-from checkpoints.folder import manifest as folder_manifest
+from checkpoints.folder import MANIFEST, CheckpointError, manifest
 from checkpoints.formats.base import Source
 from checkpoints.formats.mindspore import rank_file
 from checkpoints.models.gpt import SCALE
-from checkpoints.parallel import checksum
+from checkpoints.parallel import checksum, told
 from checkpoints.recognise import RANK_FILES, Found
 
 
@@ -23,12 +22,12 @@ _ASIDE = f"if it was changed on purpose, move {MANIFEST} elsewhere"
 
 
 def damaged(found: Found) -> list[CheckpointError]:
-    """What is wrong with the files of weights, each by itself: only their headers are read.
+    """What is wrong with the conversion's manifest and the files of weights, each by itself: of these only headers are read.
 
     torch_dist's have none; what they should hold is in one place, which opening the checkpoint reads.
     """
     faults = []
-    for path, read in _files(found):
+    for path, read in ((found.path, manifest), *_files(found)):
         try:
             read(path)
         except CheckpointError as error:
@@ -61,21 +60,13 @@ def sizes(source: Source) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """What a conversion wrote beside the weights; empty where there is nothing, or what is no manifest."""
-    try:
-        return folder_manifest(folder)
-    except CheckpointError:
-        return {}
-
-
 def unsound(source: Source, found: Found, progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
     """Reads every number: tensors with NaN or infinity, tensors that are not those which a conversion wrote, checksums."""
     if found.format == "mindspore":
         for path, _ in _files(found):
             if mindspore.wrong_checksum(path):
                 yield CheckpointError(f"{path} does not have the checksum that it ends with", "copy it again, or take an older checkpoint")
-    written = manifest(found.path).get("tensors", {})
+    written = told(source)
     for tensor in source.tensors:
         try:
             whole = source.read(tensor.name)
@@ -85,7 +76,6 @@ def unsound(source: Source, found: Found, progress: Callable[[int], None] = lamb
         if whole.is_floating_point() and (bad := int((~whole.isfinite()).sum())):
             what = f"{tensor.name}: {bad:,} of its {whole.numel():,} numbers are NaN or infinite"
             yield CheckpointError(what, "take an older checkpoint; yuan convert --allow-nan takes them as they are")
-        said = written.get(tensor.name, {}).get("crc32")
-        if said is not None and said != f"{checksum(whole):08x}":
+        if tensor.name in written and written[tensor.name] != f"{checksum(whole):08x}":
             yield CheckpointError(f"{tensor.name} is not what {MANIFEST} says that was written", f"convert it anew; {_ASIDE}")
         progress(whole.nbytes)

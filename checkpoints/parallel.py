@@ -17,7 +17,7 @@ from checkpoints.files.stored import NAMES, raw
 from checkpoints.folder import MANIFEST, CheckpointError, manifest
 from checkpoints.formats.base import Source, Target
 from checkpoints.models.gpt import SCALE
-from checkpoints.part import Stopped
+from checkpoints.part import Damaged, Stopped
 from data_tools.errors import DataError
 from data_tools.parallel import ordered_map
 
@@ -93,7 +93,7 @@ class Copying:
 
     def __init__(self, source: Source, target: Target, allow_nan: bool = False):
         self.source, self.target, self.allow_nan = source, target, allow_nan
-        self._tensors, self._told = {tensor.name: tensor for tensor in target.order()}, _told(source)
+        self._tensors, self._told = {tensor.name: tensor for tensor in target.order()}, told(source)
         self._beside = ThreadPoolExecutor(1)  # zlib lets go of Python's lock: checksums cost no time while there is writing
 
     def __call__(self, names: Sequence[str]) -> list[Written]:
@@ -113,14 +113,18 @@ class Copying:
         return Written(name, its_sum.result(), zeroed, getattr(self.source, "errors", {}).get(name))
 
 
-def _told(source: Source) -> dict[str, str]:
+def told(source: Source) -> dict[str, str]:
     """The checksums that the conversion which made `source` wrote beside it, of the tensors that are read as it wrote them:
-    neither quantized since nor of another vocabulary."""
-    tensors = manifest(source.path).get("tensors")
+    neither quantized since nor of another vocabulary.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    tensors = manifest(source.path).get("tensors", {})
     found: dict[str, str] = {}
-    for tensor in source.tensors if isinstance(tensors, dict) else ():
-        said, dtype = tensors.get(tensor.name), source.dtype(tensor.name)
-        if isinstance(said, dict) and (said.get("shape"), said.get("dtype")) == (list(tensor.shape), NAMES.get(dtype, str(dtype))):
+    for tensor in source.tensors:
+        said, dtype = tensors.get(tensor.name, {}), source.dtype(tensor.name)
+        if (said.get("shape"), said.get("dtype")) == (list(tensor.shape), NAMES.get(dtype, str(dtype))):
             found[tensor.name] = said.get("crc32", "")
     return found
 
@@ -169,20 +173,21 @@ def compare(
     several workers too.
 
     Raises:
-        CheckpointError: tensors differ, which are named: the disk or the memory is at fault.
+        Damaged: tensors differ, which are named: the disk or the memory is at fault.
     """
     source, wrong = reopen(), []
     names = [tensor.name for tensor in source.tensors[::-1]]  # what was written last is still in the system's cache
     with ThreadPoolExecutor(2) as threads:  # so two tensors are in memory
         found = threads.map(Checking(source), names) if workers == 1 else spread(_CheckingOf(reopen), names, workers)
-        for name, its_sum, count in found:
-            progress(count)
-            if its_sum != sums[name]:
-                wrong.append(name)
+        with contextlib.closing(found):
+            for name, its_sum, count in found:
+                progress(count)
+                if its_sum != sums[name]:
+                    wrong.append(name)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         what = f"{source.path}: {', '.join(wrong[:8])}{more} read back otherwise than written"
-        raise CheckpointError(what, "see to the disk and the memory there, and start again")
+        raise Damaged(what, "see to the disk and the memory there, and start again", wrong)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from checkpoints.adapters import read_note
-from checkpoints.folder import CheckpointError, UnsaidError
+from checkpoints.folder import CheckpointError, UnsaidError, manifest
 from checkpoints.recognise import Found, recognise
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
@@ -97,7 +97,7 @@ def _inspect(loaded: Loaded, path: Path, deep: bool) -> list[CheckpointError]:
 
 
 def _lines(loaded: Loaded, source: Source, found: Found, base: Recipe | None) -> list[tuple[str, str]]:
-    from checkpoints.inspect import manifest, parameters, sizes
+    from checkpoints.inspect import parameters, sizes
 
     types = sizes(source)
     share = f" ({', '.join(f'{name} {_size(size)}' for name, size in types.items())})" if len(types) > 1 else ""
