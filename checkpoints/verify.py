@@ -90,7 +90,10 @@ def compare(first: Source, second: Source, progress: Callable[[int], None] = lam
             one, other = _read(first, name, second), _read(second, name, first)
             if one.shape != other.shape:  # tables of trainings come with the rows that pad them
                 one, other = one[: first.model.vocab_size], other[: second.model.vocab_size]
-            yield _compared(name, one, other, types)
+            if one.shape == other.shape:
+                yield _compared(name, one, other, types)
+            else:
+                yield Compared(name, "different", f"{list(one.shape)} and {list(other.shape)}")
         if name in ours:
             progress(torch.Size(ours[name].shape).numel() * first.dtype(name).itemsize)
 

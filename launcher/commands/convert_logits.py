@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -48,6 +49,7 @@ def compare_logits(loaded: Loaded, words: list[str], prompts: str | None, tolera
     """
     asked = loaded.recipe.convert
     recipes = [_recipe(loaded, words, place, prompts) for place in (asked.source, asked.target)]
+    recipes[1].convert = replace(asked, source_fused_layout=None)  # how the first one's fused matrices lie
     if len({recipe.training.precision for recipe in recipes}) > 1:
         for recipe in recipes:
             recipe.training.precision = "fp32"  # else what is told is how roughly one of them computes

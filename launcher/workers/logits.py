@@ -48,7 +48,7 @@ def _prompts(recipe: Recipe, second: Recipe) -> list[list[int]]:
     """The token ids to read: of the input's lines, by the first model's tokenizer; else random ones, always the same.
 
     Raises:
-        UserError: a line cannot be read, or all are too long.
+        UserError: a line cannot be read, by the second model either, or all are too long.
     """
     from launcher.engine.generate.answer import to_prompts
     from launcher.engine.generate.records import read_lines
@@ -61,14 +61,19 @@ def _prompts(recipe: Recipe, second: Recipe) -> list[list[int]]:
         draw = random.Random(0)
         return [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(_PROMPTS)]
     lines = read_lines(Path(recipe.generate.input), recipe.tokenizer.chat_template is not None)
-    prompts = [prompt.ids for prompt in to_prompts(recipe, tokenizer_of(recipe.tokenizer), lines)]
+    prompts = to_prompts(recipe, tokenizer_of(recipe.tokenizer), lines)
     if bad := next((line for line in lines if line.error), None):
         raise UserError(bad.error, f"{recipe.generate.input}:{bad.number}", "mend the line")
-    tokens = sum(map(len, prompts))
+    positions = second.model.max_position_embeddings
+    for prompt in prompts:
+        if len(prompt.ids) > positions or max(prompt.ids) >= vocabulary:
+            what = f"{len(prompt.ids)} tokens, up to id {max(prompt.ids)}: the second model has {positions} positions, and both have {vocabulary} ids"
+            raise UserError(what, f"{recipe.generate.input}:{prompt.line}", "leave the line out")
+    tokens = sum(len(prompt.ids) for prompt in prompts)
     if not tokens or 4 * tokens * vocabulary > _MOST_BYTES:
         what = f"{tokens:,} tokens, whose logits take {4 * tokens * vocabulary / 1e9:,.1f} GB, of at most {_MOST_BYTES / 1e9:.1f}"
         raise UserError(what, recipe.generate.input, "give another --input")
-    return prompts
+    return [prompt.ids for prompt in prompts]
 
 
 def _logits(recipe: Recipe, prompts: list[list[int]], vocabulary: int) -> list[torch.Tensor]:
