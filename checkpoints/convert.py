@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from checkpoints.models.gpt import SCALE
 from checkpoints.models.mindformers import Fused
 from checkpoints.models.model import Model
 from checkpoints.parallel import Copying, compare, spread
-from checkpoints.part import WHOLE, Busy, Part, Shard, Stopped, Tell, expect_free, fingerprint
+from checkpoints.part import WHOLE, Busy, Damaged, Part, Shard, Stopped, Tell, expect_free, fingerprint
 from checkpoints.recognise import Found, recognise
 from checkpoints.wanted import BARE, READ, Wanted, dtypes, huggingface, make_target, nbytes, rows  # noqa: F401
 
@@ -47,6 +49,17 @@ def open_source(
     Raises:
         CheckpointError: it is damaged, its format is not read, or something is not said that nobody should guess.
     """
+    source = _opened(found, model, vocab_size, fused_layout, hf_config, states)
+    config = hf_config / "config.json" if hf_config else None
+    source.reading = {
+        "source_fused_layout": fused_layout, "hf_config": zlib.crc32(config.read_bytes()) if config and config.is_file() else None
+    }  # fmt: skip
+    return source
+
+
+def _opened(
+    found: Found, model: Model | None, vocab_size: int | None, fused_layout: Fused | None, hf_config: Path | None, states: bool
+) -> Source:  # fmt: skip
     if states and (found.format not in ("torch_dist", "torch") or holds_weights_alone(found.path)):
         raise CheckpointError(f"{found.path} holds weights alone, no optimizer's state", "leave out --optimizer")
     if note := read_note(found.path):
@@ -99,7 +112,7 @@ def convert(
         CheckpointError: `folder` is there already, the format cannot hold this model, a tensor is damaged.
         Stopped: there is no room, or a worker died; as after any interruption the same call goes on with what was written.
     """
-    expect_free(folder, source.path)
+    expect_free(folder, source.folders)
     part = Part(folder, shard)
     weights = part.checkpoint if wanted.to in BARE else part.checkpoint / _name(source)
     target = make_target(source, weights, wanted)
@@ -108,8 +121,10 @@ def convert(
     if workers > 1 and reopen is None:
         raise ValueError("several workers each open the source: reopen is wanted")
     make = partial(Copying, source, target, wanted.allow_nan) if workers == 1 else partial(_copying, reopen, weights, wanted)
-    with part.begun(_plan(source, target, wanted), tell):
+    plan = _plan(source, target, wanted)
+    with part.begun(plan, tell):
         _write(part, target, make, workers, progress, tell)
+        _expect_unchanged(part, source, plan["source"])
         if shard == WHOLE:
             return _end(part, source, target, wanted, carry, progress, zeroed, workers)
     return _end_of_shares(part, lambda: _end(part, source, target, wanted, carry, progress, zeroed, workers), tell, len(target.order()))
@@ -129,9 +144,20 @@ def _plan(source: Source, target: Target, wanted: Wanted) -> dict[str, dict[str,
     options = {key: value for key, value in asdict(wanted).items() if key not in ("hf_config", "config")}
     return {
         "source": fingerprint(source.folders, source.companions),
-        "options": options | {f"model.{key}": value for key, value in vars(target.model).items()},
+        "options": options
+        | source.reading
+        | {f"{group}.{key}": value for group, model in (("source", source.model), ("model", target.model)) for key, value in vars(model).items()},
         "files": dict(target.files.sizes),
     }
+
+
+def _expect_unchanged(part: Part, source: Source, then: Mapping[str, Any]) -> None:
+    """What was read is one checkpoint, and not the half of one and the half of another."""
+    now = fingerprint(source.folders, source.companions)
+    if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+        part.forget_own()
+        what = f"{source.path} was changed while it was read: {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
+        raise CheckpointError(what, "when nobody writes it any more, the same command again")
 
 
 def _write(part: Part, target: Target, make: Callable[[], Copying], workers: int, progress: Progress, tell: Tell) -> None:
@@ -152,10 +178,12 @@ def _write(part: Part, target: Target, make: Callable[[], Copying], workers: int
     share = _share(target, sizes, part.shard)
     progress("kept", sum(sizes[name] for names in share for name in names if name in done))
     with part.journal(target.files.paths()) as journal:
-        for group in spread(make, [names for names in share if any(name not in done for name in names)], workers):
-            for one in group:
-                journal.note(asdict(one))
-                progress("writing", sizes[one.name] if one.name not in done else 0)
+        groups = spread(make, [names for names in share if any(name not in done for name in names)], workers)
+        with closing(groups):  # workers that write stop before anything is removed
+            for group in groups:
+                for one in group:
+                    journal.note(asdict(one))
+                    progress("writing", sizes[one.name] if one.name not in done else 0)
 
 
 def _share(target: Target, sizes: Mapping[str, int], shard: Shard) -> list[tuple[str, ...]]:
@@ -185,10 +213,10 @@ def _end_of_shares(part: Part, end: Callable[[], dict[str, int]], tell: Tell, co
     try:
         with part.alone(seconds=10):
             written = len(part.written())
-            if written == count:
+            if written == count and part.checkpoint.is_dir():
                 with part.kept_if_stopped():
                     return end()
-            if part.path.is_dir():
+            if part.checkpoint.is_dir():
                 text = f"{written:,} of {count:,} tensors are written; the share that ends last, or this command again, ends the conversion"
             else:
                 text = "the process of another one has ended the conversion"
@@ -215,7 +243,11 @@ def _end(
     part.tidy(target.files.paths())
     target.finish()
     several = workers if sum(target.files.sizes.values()) > _WORTHWHILE else 1
-    compare(partial(_reopened, weights, target.model, wanted), sums, lambda count: progress("checking", count), several)
+    try:
+        compare(partial(_reopened, weights, target.model, wanted), sums, lambda count: progress("checking", count), several)
+    except Damaged as error:
+        part.forget(error.names)
+        raise
     source.left_out |= target.state.left_out if target.state else {}
     write_manifest(weights, source, target, wanted, sums)
     carry(weights)

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
-def spread(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def spread(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """`map` of what `make` gives over the items; with several workers, each a process, `make` is called in each, and must be
     one that can be pickled.
 

@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -30,6 +31,8 @@ from data_tools.lock import Lock
 MARK, _WRITTEN = ".conversion", ".written."
 _WAIT_SECONDS = 10.0  # for another share that looks at the folder
 _ANOTHER = "give another target"
+_ALONE = "leave out --shard, or give a target on another file system"
+_SAMPLE = 1 << 16  # bytes at the beginning, the middle and the end of a file, by which it is known
 Shard = tuple[int, int]
 WHOLE: Shard = (0, 1)
 Tell = Callable[[str, str], None]  # told a word of what was found, and what
@@ -41,6 +44,14 @@ class Stopped(CheckpointError):
 
 class Busy(CheckpointError):
     """Another process is at it."""
+
+
+class Damaged(CheckpointError):
+    """Tensors are not as they were written: `names`."""
+
+    def __init__(self, what: str, fix: str, names: Collection[str]):
+        super().__init__(what, fix)
+        self.names = names
 
 
 class Part:
@@ -68,10 +79,19 @@ class Part:
                     )
         return found
 
+    @property
+    def _noted(self) -> Path:
+        return self.path / "{}{}-of-{}".format(_WRITTEN, *self.shard)
+
+    def _of_others(self) -> list[str]:
+        """The other shares that have written something."""
+        paths = sorted(path for path in self.path.glob(f"{_WRITTEN}*") if path != self._noted and any(noted(path)))
+        return [path.name.removeprefix(_WRITTEN).replace("-of-", "/") for path in paths]
+
     @contextmanager
     def journal(self, files: Iterable[Path]) -> Iterator[Journal]:
         """Where the tensors are noted that are in `files`."""
-        journal = Journal(self.path / "{}{}-of-{}".format(_WRITTEN, *self.shard), files)
+        journal = Journal(self._noted, files)
         try:
             yield journal
         finally:
@@ -153,6 +173,8 @@ class Part:
                     "another --shard, or wait for it",
                 ) from error
             try:
+                if not lock.is_real:
+                    raise CheckpointError(f"the file system of {self.folder} has no locks, without which shares get in each other's way", _ALONE)
                 self._begin(plan, tell)
             except BaseException:
                 lock.release()
@@ -164,7 +186,8 @@ class Part:
 
     @contextmanager
     def kept_if_stopped(self) -> Iterator[None]:
-        """What a refused conversion leaves is removed; what a stopped one leaves is kept, where any of it is of use."""
+        """What a refused conversion leaves is removed, but for other shares' work; what a stopped one leaves is kept, where any
+        of it is of use."""
         try:
             yield
         except (KeyboardInterrupt, MemoryError, OSError, Stopped):
@@ -172,13 +195,25 @@ class Part:
                 self._remove()
             raise
         except BaseException:
-            self._remove()
+            if not self._of_others():
+                self._remove()
             raise
 
-    def forget(self) -> None:
-        """Nothing is written."""
+    def forget(self, names: Collection[str] | None = None) -> None:
+        """These tensors are not written; by default none is, whoever wrote it."""
         for path in self.path.glob(f"{_WRITTEN}*"):
-            path.unlink()
+            kept = "" if names is None else "".join(json.dumps(one) + "\n" for one in noted(path) if one["name"] not in names)
+            if not kept:
+                path.unlink()
+                continue
+            beside = path.with_name(f"{MARK}.{os.getpid()}")
+            beside.write_text(kept, encoding="utf-8")
+            flush_one(beside)
+            beside.replace(path)
+
+    def forget_own(self) -> None:
+        """Nothing of this share is written."""
+        self._noted.unlink(missing_ok=True)
 
     def _remove(self) -> None:
         """Remove the folder, the mark last: what is left of it, should this be stopped, is known as a conversion's."""
@@ -198,6 +233,9 @@ class Part:
                 if self.shard != WHOLE and (busy := self._others()):
                     what = f"{self.folder}: share {' and '.join(busy)} of it is being written of something else: {why}"
                     raise CheckpointError(what, f"wait for it, or {_ANOTHER}")
+                if kept := self._of_others():
+                    what = f"{self.folder}: share {' and '.join(kept)} of it is written of something else: {why}"
+                    raise CheckpointError(what, f"the source and the options of these, or remove {part} and convert them anew")
                 if self.written():
                     tell("anew", why)
                 self._remove()
@@ -211,10 +249,15 @@ class Part:
     def commit(self) -> None:
         """Give it its name, when all of it is on the disk."""
         flush(self.checkpoint)
-        self.forget()  # first: nothing speaks of files that are not there any more
-        self.checkpoint.rename(self.folder)
+        try:
+            self.checkpoint.rename(self.folder)
+        except OSError as error:
+            inside = next(iter(sorted(self.folder.iterdir())), self.folder) if self.folder.is_dir() else self.folder
+            what = f"all is written, and cannot get the name {self.folder}: {inside} is in the way" if inside.exists() else str(error)
+            raise Stopped(what, "move that away; the same command goes on with what is written") from error
         flush_one(self.folder.parent)
         self._remove()
+        self._others()  # of those that were killed the locks are removed
 
 
 def _otherwise(mark: Path, plan: Mapping[str, Any]) -> str:
@@ -233,11 +276,11 @@ def _otherwise(mark: Path, plan: Mapping[str, Any]) -> str:
     return "" if then == now else "it was planned otherwise"
 
 
-def expect_free(folder: Path, source: Path) -> None:
+def expect_free(folder: Path, sources: Iterable[Path]) -> None:
     """A target that may be written.
 
     Raises:
-        CheckpointError: it is there already and holds something, or is or lies in `source` or the reverse.
+        CheckpointError: it is there already and holds something, or is or lies in one of `sources` or the reverse.
     """
     if folder.name in ("", "..") or folder.is_symlink():
         kind = "a link" if folder.is_symlink() else "no name"
@@ -245,16 +288,29 @@ def expect_free(folder: Path, source: Path) -> None:
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is there already", f"{_ANOTHER}, or move that away")
     part = Part(folder).path
-    whence, to, by = source.resolve(), folder.resolve(), part.resolve()
-    if whence in (to, *to.parents) or to in whence.parents or by in (whence, *whence.parents):
-        raise CheckpointError(f"{source} is what is read, and it would be written into: {folder} is written as {part} first", _ANOTHER)
+    for source in sources:
+        whence, to, by = source.resolve(), folder.resolve(), part.resolve()
+        if whence in (to, *to.parents) or to in whence.parents or by in (whence, *whence.parents):
+            raise CheckpointError(f"{source} is what is read, and it would be written into: {folder} is written as {part} first", _ANOTHER)
 
 
-def fingerprint(folders: Iterable[Path], files: Iterable[Path] = ()) -> dict[str, list[int]]:
-    """Of every file of these folders its size in bytes and when it was last changed, in nanoseconds: by these a changed one is
-    noticed."""
+def fingerprint(folders: Sequence[Path], files: Iterable[Path] = ()) -> dict[str, list[int]]:
+    """Of every file of these folders its size in bytes, when it was last changed, in nanoseconds, and a checksum of some of it: by
+    these a changed one is noticed. Names are relative: machines may have a folder at several places."""
     found = {}
-    for path in sorted({*files, *(path for folder in folders for path in folder.rglob("*") if path.is_file())}):
-        known = path.stat()
-        found[str(path.resolve())] = [known.st_size, known.st_mtime_ns]
+    for number, folder in enumerate(folders):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            found[f"{number}:{path.relative_to(folder)}" if number else str(path.relative_to(folder))] = _known(path)
+    for path in sorted(set(files)):
+        if not any(path.is_relative_to(folder) for folder in folders):
+            found[f"{path.parent.name}/{path.name}"] = _known(path)
     return found
+
+
+def _known(path: Path) -> list[int]:
+    known, crc = path.stat(), 0
+    with open(path, "rb") as file:
+        for at in (0, known.st_size // 2, known.st_size - _SAMPLE):
+            file.seek(max(0, at))
+            crc = zlib.crc32(file.read(_SAMPLE), crc)
+    return [known.st_size, known.st_mtime_ns, crc]

@@ -17,7 +17,7 @@ class Lock:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self.is_real = path, True  # false where the file system has no locks, and others may be at it all the same
         while True:
             self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  open as long as the lock is held
             try:
@@ -25,7 +25,7 @@ class Lock:
             except BlockingIOError:
                 raise self._taken() from None
             except OSError:
-                pass  # a file system without locks (some mounts of Lustre and NFS): go on as if alone
+                self.is_real = False  # some mounts of Lustre and NFS: go on as if alone
             if self._is_there():
                 break
             self._file.close()  # its holder removed it between our opening and our locking it

@@ -26,7 +26,7 @@ class Placed:
 
     def __init__(self, folder: Path, sizes: Mapping[str, int]):
         self.folder, self.sizes = folder, sizes
-        self._open: dict[str, int] = {}
+        self._open: dict[tuple[str, int], int] = {}
         self._lock = Lock()
 
     def paths(self) -> list[Path]:
@@ -58,7 +58,7 @@ class Placed:
 
     def write(self, place: Place, contents: Sequence[Buffer]) -> None:
         """Write one thing after another from a place on. Threads may do so side by side."""
-        at, descriptor = place.at, self._descriptor(place.file)
+        at, descriptor = place.at, self._descriptor(place.file, os.O_WRONLY)
         if at + sum(len(content) for content in contents) > self.sizes[place.file]:
             raise ValueError(f"{place.file} was announced with {self.sizes[place.file]} bytes")
         for content in contents:
@@ -69,13 +69,14 @@ class Placed:
 
     def read(self, place: Place, size: int) -> bytes:
         """Bytes that were written."""
-        return os.pread(self._descriptor(place.file), size, place.at)
+        return os.pread(self._descriptor(place.file, os.O_RDONLY), size, place.at)
 
-    def _descriptor(self, file: str) -> int:
+    def _descriptor(self, file: str, mode: int) -> int:
+        """For writing alone: NFS writes whole pages of a file that it may also read, with what other machines wrote beside."""
         with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(self.folder / file, os.O_RDWR)
-            return self._open[file]
+            if (file, mode) not in self._open:
+                self._open[file, mode] = os.open(self.folder / file, mode)
+            return self._open[file, mode]
 
     def relax(self) -> None:
         """Close all files where many are open; nobody may be writing."""

@@ -56,7 +56,10 @@ class Source:
         training: the settings that it was trained with, where the format has them, under Megatron-LM's names.
         companions: small files that belong to the model and not to the weights: the tokenizer's and Hugging Face's.
         folders: all that is read of: its own, and those of weights that it builds on.
+        reading: what was said of how its files are to be read, by name: with another word its tensors are others.
     """
+
+    reading: Mapping[str, Any] = {}
 
     def __init__(
         self,

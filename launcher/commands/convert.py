@@ -76,7 +76,7 @@ def convert(
     verify: Annotated[bool, typer.Option("--verify", help=_VERIFY_HELP)] = False,
     logits: Annotated[bool, typer.Option("--logits", help=_LOGITS_HELP)] = False,
     prompts: Annotated[Optional[str], typer.Option("--input", help=_INPUT_HELP)] = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="--logits: how far apart is equal.")] = TOLERANCE,
+    tolerance: Annotated[Optional[float], typer.Option("--tolerance", help=f"--logits: how far apart is equal. Default: {TOLERANCE:g}.")] = None,
     allow_nan: Annotated[Optional[bool], typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")] = None,
 ) -> None:
     """Write a checkpoint in another format, tensor by tensor: no model is built, no GPU is needed.
@@ -114,11 +114,15 @@ def convert(
         "convert.shard": (shard, "--shard"),
     }
     expect_prompts(logits, prompts, verify)
+    if tolerance is not None and not logits:
+        raise UserError("--tolerance is of a comparison of logits", "command line", "yuan convert A B --verify --logits --tolerance ...")
+    if verify and (workers is not None or shard is not None):
+        raise UserError("--workers and --shard are of writing, and --verify writes nothing", "command line", "leave them out")
     loaded = load_recipe([word for word in words or [] if "=" in word], options, default="", checked=True)
     try:
         if verify:
             differ = compare(loaded)
-            raise typer.Exit(compare_logits(loaded, words or [], prompts, tolerance) if logits else differ)
+            raise typer.Exit(compare_logits(loaded, words or [], prompts, TOLERANCE if tolerance is None else tolerance) if logits else differ)
     except CheckpointError as error:
         raise UserError(str(error), "", error.fix) from error
     except OSError as error:
@@ -187,7 +191,7 @@ def _run(loaded: Loaded) -> None:
     give_memory_back()
     zeroed: dict[str, int] = {}
     started = time.monotonic()
-    with Meter(2 * size) as meter:
+    with Meter(size, parse_shard(asked.shard)[1]) as meter:
         sums = conversion.convert(
             source, Path(asked.target or ""), wanted, carry, meter.show, zeroed.__setitem__,
             workers=asked.workers, shard=parse_shard(asked.shard), reopen=partial(_opened, loaded, found, base), tell=meter.tell,

@@ -63,22 +63,28 @@ def next_step(to: str, target: str, training: bool) -> str:
 class Meter:
     """Bytes, rate and time left on stderr: a bar on a terminal, elsewhere a line every 10 seconds."""
 
-    def __init__(self, total: int):
+    def __init__(self, size: int, shares: int = 1):
+        """`size` in bytes is that of what is written, then read back; of several shares by whoever is the last."""
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("writing", total=total)
-        self._done, self._kept, self._total = 0, 0, total
+        self._size, self._total = size, size // shares + (size if shares == 1 else 0)
+        self._task = self._bar.add_task("writing", total=self._total)
+        self._done, self._kept = 0, 0
+        self._last = "writing"
         self._started = self._shown = time.monotonic()
 
     def show(self, what: str, count: int) -> None:
         """`count` more bytes are written, or checked; or were kept, before it began."""
+        if what == "checking" and self._last != what:
+            self._total = self._done + self._size
+        self._last = what
         self._done += count
         if what == "kept":
             self._kept += count
-        self._bar.update(self._task, completed=self._done, description=what)
+        self._bar.update(self._task, completed=self._done, total=self._total, description=what)
         now = time.monotonic()
         if not self._bar.console.is_terminal and now - self._shown > 10 and self._done > self._kept:
             self._shown = now

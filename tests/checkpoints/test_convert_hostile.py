@@ -52,7 +52,7 @@ def test_targets_that_are_no_folder_of_their_own(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     for target in (tmp_path / "dangling", tmp_path / "link", Path("."), tmp_path / "empty" / "..", source, source / "x", tmp_path):
         with pytest.raises(CheckpointError):
-            expect_free(target, source)
+            expect_free(target, [source])
     assert len(list(tmp_path.iterdir())) == 4
 
 

@@ -1,6 +1,8 @@
 """A conversion that is killed at any moment, and the one after it; several processes and several machines: the bytes are always
 those of one process that nobody disturbed."""
 
+import errno
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -8,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from checkpoints.recognise import recognise  # noqa: E402
 from data_tools.lock import Lock  # noqa: E402
 from launcher.cli import app  # noqa: E402
 from launcher.errors import UserError  # noqa: E402
+from tests.checkpoints import mindspore_fixtures  # noqa: E402
 from tests.checkpoints.folders import LLAMA, llama_tensors, write  # noqa: E402
 
 torch.cat([torch.empty(2, device="meta")] * 2)  # once here, and not in each process: the first takes 0.4 s
@@ -243,3 +247,83 @@ def test_room_is_that_of_what_is_written(tmp_path, monkeypatch):
         _yuan(tmp_path / "hf", tmp_path / "out", "--to", "hf")
     _yuan(tmp_path / "hf", tmp_path / "half", "--to", "hf", "--dtype", "bf16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "hf"]
+
+
+def test_a_source_that_is_read_otherwise_begins_anew(tmp_path, monkeypatch):
+    """Stopped with a wrong word for how query, key and value lie: no tensor of that reading is kept."""
+    whole = mindspore_fixtures.parts()
+    source = mindspore_fixtures.write(
+        tmp_path / "ms", [mindspore_fixtures.rank(whole, "concat", i, 2) for i in range(2)], config=mindspore_fixtures.config(4, 4, 40)
+    )
+    put, calls = base.Target.put, itertools.count()
+
+    def stopped(self, tensor, whole) -> None:
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+        put(self, tensor, whole)
+
+    monkeypatch.setattr(base.Target, "put", stopped)
+    _yuan(source, tmp_path / "out", "--source-fused-layout", "grouped", code=3)
+    assert "anew       source_fused_layout was grouped, and is concat" in _yuan(source, tmp_path / "out", "--source-fused-layout", "concat")
+    assert "0 differ" in _yuan(source, tmp_path / "out", "--verify", "--source-fused-layout", "concat")
+    for words, why in ((("--shard", "0/2"), "--workers and --shard"), (("--tolerance", "1"), "--tolerance is of")):
+        with pytest.raises(UserError, match=why):
+            _yuan(source, tmp_path / "out", "--verify", *words)
+
+
+def test_a_source_that_is_rewritten_meanwhile(tmp_path, monkeypatch):
+    source = write(tmp_path / "hf", LLAMA, llama_tensors())
+    weights, put = source / "model.safetensors", base.Target.put
+
+    def rewrite(self, tensor, whole) -> None:
+        put(self, tensor, whole)
+        if tensor.layer == 0:
+            weights.write_bytes(weights.read_bytes()[:-2000] + bytes(2000))
+
+    monkeypatch.setattr(base.Target, "put", rewrite)
+    with pytest.raises(CheckpointError, match="was changed while it was read: model.safetensors"):
+        _convert(tmp_path, "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_what_stands_in_the_way_at_the_end_costs_nothing(tmp_path):
+    write(tmp_path / "hf", LLAMA, llama_tensors())
+
+    def get_in_the_way(what: str, count: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "log.txt").touch()
+
+    with pytest.raises(CheckpointError, match="log.txt is in the way"):
+        _convert(tmp_path, "hf", progress=get_in_the_way)
+    shutil.rmtree(tmp_path / "out")
+    told = []
+    _convert(tmp_path, "hf", tell=lambda *words: told.append(words))
+    assert told[0][0] == "kept" and told[0][1].startswith("15 of 15")
+
+
+def test_what_another_share_has_written_stays(tmp_path, monkeypatch):
+    """Neither another's wrong option, nor a folder that is mounted elsewhere, nor a tensor that reads back otherwise removes it."""
+    write(tmp_path / "hf", LLAMA, llama_tensors())
+    _convert(tmp_path, "torch", "whole")
+    _convert(tmp_path, "torch", shard=(0, 2))
+    noted = (tmp_path / "out.part" / ".written.0-of-2").read_bytes()
+    for shard in ((1, 2), (0, 1)):
+        with pytest.raises(CheckpointError, match="share 0/2 of it is written of something else: dtype was None, and is bf16"):
+            convert(_source(tmp_path), tmp_path / "out", replace(KINDS["torch"], dtype="bf16"), _carry, shard=shard)
+    shutil.copytree(tmp_path / "hf", tmp_path / "mounted" / "hf")
+    Lock(tmp_path / "out.7-of-9.lock")._file.close()  # a share that was killed
+    put = base.Target.put
+    monkeypatch.setattr(base.Target, "put", lambda self, tensor, whole: put(self, tensor, whole + 1 if tensor.layer == 1 else whole))
+    elsewhere = partial(convert, _source(tmp_path / "mounted"), tmp_path / "out", KINDS["torch"], _carry, shard=(1, 2))
+    with pytest.raises(CheckpointError, match="layers.1.* read back otherwise than written"):
+        elsewhere()
+    monkeypatch.setattr(base.Target, "put", put)
+    assert (tmp_path / "out.part" / ".written.0-of-2").read_bytes() == noted
+    elsewhere()
+    made, whole = _files(tmp_path / "out"), _files(tmp_path / "whole")
+    said = made["release/conversion.json"].replace(str(tmp_path / "mounted" / "hf").encode(), str(tmp_path / "hf").encode())
+    assert {**made, "release/conversion.json": said} == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mounted", "out", "whole"]
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    with pytest.raises(CheckpointError, match="has no locks"):
+        _convert(tmp_path, "torch", "another", shard=(1, 2))
