@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.files.safetensors import Writer
+from checkpoints.files.safetensors import Planned
+from checkpoints.files.stored import raw
 from checkpoints.models import yuan2
 
 STORIES = {  # layers, pipeline stages as released, tensor ranks for answers, the released layout
@@ -60,10 +61,10 @@ def make(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     table = yuan2.foreign(yuan2.from_config(config, "config.json"))
     shapes = {name: shape for one in table for name, shape in one.shapes().items()}
-    writer = Writer(folder / "model.safetensors", [(name, torch.bfloat16, shape) for name, shape in shapes.items()])
-    for name, shape in shapes.items():
-        writer.write(name, torch.ones(shape).bfloat16() if "norm" in name else torch.randn(shape).mul_(0.02).bfloat16())
-    writer.close()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(Planned([(name, torch.bfloat16, shape) for name, shape in shapes.items()]).header)
+        for name, shape in shapes.items():
+            file.write(raw(torch.ones(shape).bfloat16() if "norm" in name else torch.randn(shape).mul_(0.02).bfloat16()))
 
 
 def say(text: str) -> None:
