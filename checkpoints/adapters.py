@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoints.folder import CheckpointError
-from checkpoints.recognise import recognise
+from checkpoints.recognise import RANK, recognise
 
 NOTE = "lora.json"
 SUFFIX = "_lora"  # of the adapters' module, behind the name of the matrix that it is of
-_WEIGHTS = (".distcp", ".safetensors", ".bin", ".pt", ".ckpt", ".metadata")
+_WEIGHTS = (".distcp", ".safetensors", ".bin", ".pt", ".ckpt")
 _PIECES, _PIECE = 16, 1 << 16  # of each file 16 pieces of 64 KiB are looked at: another training changes every number
 
 
@@ -89,19 +90,25 @@ def find_base(checkpoint: Path, note: Adapters, also: Path | None = None) -> Pat
     """The checkpoint that the adapters in `checkpoint` stand beside: where lora.json says, or where `also` leads to.
 
     Raises:
-        CheckpointError: it is gone, or its weights have changed since; the fix says how to name it anew.
+        CheckpointError: it is gone, cannot be read, or its weights have changed since; the fix says how to name it anew.
     """
-    places, changed = [Path(note.base)], []
+    places, changed, unread = [Path(note.base)], [], None
     if also is not None:
         try:
             places.append(recognise(also).path.resolve())
         except CheckpointError:
             pass  # what stands in lora.json may do
     for place in dict.fromkeys(places):
-        if place.is_dir() and any(_files(place)):
-            if fingerprint(place) == note.fingerprint:
+        try:
+            with _reading(place):
+                there = place.is_dir() and any(_files(place))
+            if there and fingerprint(place) == note.fingerprint:
                 return place
-            changed.append(place)
+            changed += [place] * there
+        except CheckpointError as error:
+            unread = error
+    if unread:
+        raise unread
     fix = f"bring it back, or write where it is now into {checkpoint / NOTE}: \"base\""
     if changed:
         where = " and ".join(map(str, changed))
@@ -124,17 +131,35 @@ def find_bases(checkpoint: Path, also: Path | None = None) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the files of weights in a checkpoint's folder: names, sizes, and 1 MiB of each. Moving or copying it keeps it."""
+    """Of the files of weights in a checkpoint's folder: names, sizes, and 1 MiB of each. Moving or copying it keeps it.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
     found = hashlib.blake2b(digest_size=16)
-    for path in _files(folder):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with open(path, "rb") as file:
-            for number in range(_PIECES):
-                file.seek(max(0, size - _PIECE) * number // (_PIECES - 1))
-                found.update(file.read(_PIECE))
+    with _reading(folder):
+        for path in _files(folder):
+            size = path.stat().st_size
+            found.update(f"{path.relative_to(folder)} {size}\n".encode())
+            with open(path, "rb") as file:
+                for number in range(_PIECES):
+                    file.seek(max(0, size - _PIECE) * number // (_PIECES - 1))
+                    found.update(file.read(_PIECE))
     return found.hexdigest()
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {error}", "see to it that they can be, or bring another copy") from error
+
+
 def _files(folder: Path) -> Iterator[Path]:
-    yield from (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(_WEIGHTS))
+    """The weights of the formats of `recognise`, at the top or by rank; not what lies in other folders, or is hidden."""
+    places = [folder, *(one for one in folder.iterdir() if one.is_dir() and (RANK.fullmatch(one.name) or one.name.startswith("rank_")))]
+    for path in sorted(path for place in places for path in place.iterdir()):
+        weights = path.name.endswith(_WEIGHTS) and not path.name.startswith(".") or path.name == ".metadata"
+        if weights and path.is_file():
+            yield path
