@@ -16,20 +16,15 @@ from launcher.engine.initialize import virtual_pipeline_size
 from launcher.engine.language_model import LanguageModel
 from launcher.engine.lora import adapt
 from launcher.engine.sharded import ShardedDataParallel
+from launcher.recipe.parts import transformer_engine_ruled_out
 from launcher.recipe.schema import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_engine(recipe: Recipe) -> bool:
-    """Whether Transformer Engine's layers are used: where it is installed and there is a GPU.
-
-    Not with a document mask: Megatron's spec tells Transformer Engine that the mask is causal, and it looks at no other.
-    Not with Yuan's filter: it stands between the norm and the projection that Transformer Engine fuses. Not with int8 weights, nor
-    with adapters, whose input is what that norm gives.
-    """
-    fits = recipe.model.family != "yuan2" and not recipe.data.reset_attention_mask and not recipe.model.quantize and not recipe.lora.rank
-    return HAVE_TE and recipe.derived.device == "cuda" and fits
+    """Whether Transformer Engine's layers are used: where it is installed, there is a GPU, and nothing rules them out."""
+    return HAVE_TE and recipe.derived.device == "cuda" and not transformer_engine_ruled_out(recipe)
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:

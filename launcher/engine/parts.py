@@ -9,8 +9,10 @@ from launcher.recipe.size import LOGIT_ROWS
 
 
 def parts(recipe: Recipe, optimizer: object | None = None) -> str:
-    """Attention, norm, loss, and of a built megatron-core optimizer what updates the weights."""
+    """Attention, norm, loss, what torch.compile was asked for, and of a built megatron-core optimizer what updates the weights."""
     told = [f"attention: {attention(recipe)}", f"norm: {_norm(recipe)}", f"loss: {_loss(recipe)}"]
+    if recipe.training.torch_compile:
+        told.append(f"torch.compile: {'nothing, under Transformer Engine' if transformer_engine(recipe) else 'norms, activation, residual sums'}")
     if optimizer is not None:
         told.append(f"optimizer: {_adam(optimizer)}")
     return "; ".join(told)

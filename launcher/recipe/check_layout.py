@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from math import gcd
 from shutil import which
 
 from launcher.recipe.device import gpu_count
 from launcher.recipe.endpoint import host_and_port, is_loopback
+from launcher.recipe.parts import transformer_engine_ruled_out
 from launcher.recipe.problem import Case, Problem, count, nearest, nearest_divisors
 
 TP = "parallel.tensor_model_parallel_size"
@@ -148,7 +150,11 @@ def _meeting(case: Case) -> Iterator[Problem]:
 
 
 def compiler(case: Case) -> Iterator[Problem]:
-    """torch.compile writes C++ for a CPU, and has it compiled where the training runs."""
+    """torch.compile writes C++ for a CPU, and has it compiled where the training runs; Transformer Engine leaves it nothing."""
+    fused = case.recipe.derived.device == "cuda" and not transformer_engine_ruled_out(case.recipe)
+    if case.recipe.training.torch_compile and fused and (not case.launching or find_spec("transformer_engine")):
+        what = "torch_compile changes nothing where Transformer Engine is installed: norms and what follows its matrices are its own"
+        yield Problem(what, case.at("training.torch_compile"), "training.torch_compile=false", "warning")
     name = os.environ.get("CXX", "g++")
     if case.recipe.training.torch_compile and case.recipe.derived.device == "cpu" and which(name) is None:
         what, fix = f"torch.compile needs a C++ compiler, and there is no {name} here", "install g++, or training.torch_compile=false"

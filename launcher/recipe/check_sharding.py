@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from launcher.recipe.parts import transformer_engine_ruled_out
 from launcher.recipe.problem import Case, Problem, count
 
 PP = "parallel.pipeline_model_parallel_size"
@@ -18,7 +19,7 @@ def zero(case: Case) -> Iterator[Problem]:
     if p.zero is None:
         return
     if p.zero not in (1, 2, 3):
-        yield Problem(f"ZeRO has the stages 1, 2 and 3, and no {p.zero}", case.at(ZERO), f"{ZERO}=1 or 2 or 3", by_itself=True)
+        yield Problem(f"ZeRO has the stages 1, 2 and 3, and no {p.zero}", case.at(ZERO), f"{ZERO}=1 or 2 or 3, or null", by_itself=True)
         return
     if bool(p.use_distributed_optimizer) != (p.zero == 1):
         what = "ZeRO's stage 1 is the distributed optimizer" if p.zero == 1 else f"ZeRO's stage {p.zero} shares out the optimizer by itself"
@@ -86,8 +87,7 @@ def _activations(case: Case) -> Iterator[Problem]:
     if p.recompute_granularity is not None:
         what = "activations are computed again or wait in the host's memory, not both"
         yield Problem(what, case.at(OFFLOADED, "parallel.recompute_granularity"), f"parallel.recompute_granularity=null, or {_off(OFFLOADED)}")
-    fused = {"model.family": recipe.model.family == "yuan2", "data.reset_attention_mask": recipe.data.reset_attention_mask}
-    for key in (key for key, used in fused.items() if used):
+    for key in transformer_engine_ruled_out(recipe):
         what = "Transformer Engine's layers alone move their activations to the host's memory, and these are not they"
         yield Problem(what, case.at(OFFLOADED, key), _off(OFFLOADED))
 

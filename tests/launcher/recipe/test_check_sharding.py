@@ -42,7 +42,7 @@ def test_sound(problems, words):
 
 
 @pytest.mark.parametrize(("words", "what", "fix"), [
-    ("parallel.zero=4", "no 4", "parallel.zero=1 or 2 or 3"),
+    ("parallel.zero=4", "no 4", "parallel.zero=1 or 2 or 3, or null"),
     ("parallel.zero=1 parallel.use_distributed_optimizer=false", "stage 1 is the distributed", "parallel.use_distributed_optimizer=true"),
     ("parallel.zero=3 parallel.use_distributed_optimizer=true", "stage 3 shares out", "parallel.use_distributed_optimizer=false, or parallel.zero=1"),
     ("parallel.zero=2 parallel.pipeline_model_parallel_size=2", "every micro-batch", "parallel.pipeline_model_parallel_size=1, or parallel.zero=1"),
@@ -58,6 +58,7 @@ def test_sound(problems, words):
     (f"launch.device=cuda {ACTIVATIONS} parallel.recompute_granularity=selective", "not both", "parallel.recompute_granularity=null"),
     (f"launch.device=cuda {ACTIVATIONS} parallel.pipeline_model_parallel_size=2", "under a pipeline", "parallel.pipeline_model_parallel_size=1"),
     (f"launch.device=cuda {ACTIVATIONS} data.reset_attention_mask=true", "these are not they", "parallel.cpu_offloading_num_layers=0"),
+    (f"launch.device=cuda {ACTIVATIONS} lora.rank=4 checkpoint.load=nowhere", "these are not they", "parallel.cpu_offloading_num_layers=0"),
     ("optimizer.optimizer_offload_fraction=1.5", "a share, not 1.5", "from 0 to 1"),
 ])  # fmt: skip
 def test_refused_by_name_with_a_way_out(problems, words, what, fix):
@@ -74,6 +75,13 @@ def test_a_missing_compiler_is_named(problems, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (found,) = problems("training.torch_compile=true")
     assert "no no-such-compiler here" in found.what and "training.torch_compile=false" in found.fix
+
+
+def test_what_transformer_engine_leaves_nothing_of_is_compiled_in_vain(problems):
+    compiled = "launch.device=cuda training.precision=bf16 training.torch_compile=true"
+    (found,) = problems(compiled)
+    assert found.severity == "warning" and "changes nothing where Transformer Engine" in found.what
+    assert problems(f"{compiled} data.reset_attention_mask=true") == []
 
 
 def test_stage_1_is_the_distributed_optimizer(problems):

@@ -16,6 +16,8 @@ from tests.launcher.recipe.test_check import BASE
 
 LLAMA = "tokenizer.type=NullTokenizer tokenizer.vocab_size=31999 tokenizer.tokenizer_model=null launch.gpu_memory_gib=80".split()
 
+STAGES = ["parallel.pipeline_model_parallel_size=2", "launch.nproc_per_node=2"]
+
 
 @pytest.fixture
 def problems(write_recipe, write_data, workspace):
@@ -50,16 +52,29 @@ def problems(write_recipe, write_data, workspace):
         (["lora.rank=900"], "adapters of rank 900 have more numbers than linear_proj itself", "or null to train all weights"),
         (["lora.dropout=1"], "lora.dropout must be below 1", ""),
         (["lora.alpha=0"], "lora.alpha must be above 0", ""),
+        (["lora.alpha=inf"], "lora.alpha must be above 0, and finite", ""),
         (["lora.rank=null", "lora.alpha=8", "lora.dropout=0.1"], "lora.alpha and lora.dropout say nothing without lora.rank", "lora.rank=16"),
         (["checkpoint.format=torch"], "adapters are saved in torch_dist", "checkpoint.format=torch_dist"),
         (["checkpoint.load=null"], "adapters stand beside trained weights, and none are named", "checkpoint.load=RUN_OR_CHECKPOINT"),
         (["checkpoint.finetune=false"], "adapters begin at step 0", "checkpoint.finetune=true"),
-        (["parallel.zero=2"], "beside adapters the weights are frozen", "parallel.zero=1, or null"),
+        ([*STAGES, "parallel.pipeline_model_parallel_layout=E|t*8L"], "pipeline rank 0 has no layers, so no adapters", "a t on each rank"),
+        ([*STAGES, "parallel.pipeline_model_parallel_layout=Et*8|L"], "pipeline rank 1 has no layers, so no adapters", "or lora.rank=null"),
     ],
 )
 def test_refused_with_the_way_out(problems, words, what, fix):
     found = [problem for problem in problems(*words) if what in problem.what]
     assert len(found) == 1 and found[0].severity == "error" and fix in found[0].fix, problems(*words)
+
+
+@pytest.mark.parametrize("layout", ["Et*4|t*4L", "E|t*4|t*4|L"])  # interleaved, each rank has a layer
+def test_stages_that_train_something_are_sound(problems, layout):
+    assert problems(*STAGES, "training.micro_batch_size=1", f"parallel.pipeline_model_parallel_layout={layout}") == []
+
+
+def test_one_fault_is_told_once(problems):
+    assert len([one for one in problems("parallel.zero=2", *STAGES[1:]) if "ZeRO" in one.what]) == 1
+    loaded = load(["recipe=base", "checkpoint.load=frozen", "lora.rank=4", "checkpoint.finetune=false", "data.train=rows.json"])
+    assert len([one for one in check(loaded.recipe, loaded.sources, "sft") if "checkpoint.finetune" in one.where]) == 1
 
 
 def test_yuans_matrices_are_named_as_yuan_has_them(problems):
@@ -85,6 +100,10 @@ def test_weights_that_are_gone_or_changed_are_missed_before_a_process_starts(pro
     (moved / "iter_0000001" / "__0_0.distcp").write_bytes(bytes(4999) + b"1")
     (changed,) = [one for one in problems("checkpoint.load=moved") if "has other weights now" in one.what]
     assert str(moved) in changed.what
+    (moved / "iter_0000001" / "__0_0.distcp").unlink()
+    (moved / "iter_0000001" / "__0_0.distcp").symlink_to("/proc/self/mem")  # a file whose content cannot be read
+    (unread,) = [one for one in problems("checkpoint.load=moved") if "cannot be read" in one.what]
+    assert str(moved) in unread.what and "bring another copy" in unread.fix
     (run / "lora.json").write_text(json.dumps({"base": str(moved)}))
     assert any("lora.json cannot be read" in one.what and "lora.json of another checkpoint" in one.fix for one in problems())
 
@@ -95,9 +114,15 @@ def test_the_fingerprint_stays_where_files_are_copied_and_not_where_they_are_cha
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(3 << 20))
         (folder / "recipe.yaml").write_text(folder.name)  # no weights
+        for other in (".cache/huggingface/download/model.safetensors.metadata", "tuned/model.safetensors", ".model.safetensors", "a.metadata"):
+            (folder / other).parent.mkdir(parents=True, exist_ok=True)
+            (folder / other).write_text(folder.name)  # none of this checkpoint
     assert fingerprint(folders[0]) == fingerprint(folders[1])
-    (folders[1] / "more.bin").write_bytes(b"")
-    assert fingerprint(folders[0]) != fingerprint(folders[1])
+    for name in ("more.bin", ".metadata", "mp_rank_00/model_optim_rng.pt", "mp_rank_00_001/model_optim_rng.pt", "rank_0/model.ckpt"):
+        before = fingerprint(folders[1])
+        (folders[1] / name).parent.mkdir(exist_ok=True)
+        (folders[1] / name).write_bytes(b"")
+        assert fingerprint(folders[1]) not in (before, fingerprint(folders[0])), name
 
 
 def test_what_answers_has_its_adapters_merged(problems, workspace):
