@@ -9,14 +9,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 from data_tools.conversations import Conversation
 from data_tools.errors import TokenizerError
 from data_tools.records import BadLine
 from data_tools.templates import Piece, Template, name_of
-from data_tools.tokenizers.base import Tokenizer
+from data_tools.tokenizers.base import Tokenizer, content_of, read_config, read_text
 
 _MARK = re.compile("\ue000(\\d+)\ue001")  # of private use: stands for a message's text while the template writes around it
 
@@ -27,14 +26,19 @@ class JinjaTemplate(Template):
     Trained is an answer with what follows it up to the first special token, which ends it; without one, the end of document.
 
     Raises:
-        TokenizerError: there is no template, or it is not one.
+        TokenizerError: there is no template, it is not one, or a file beside it is broken.
     """
 
     name = "tokenizer"
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
-        self._template = _compile(*jinja_source(tokenizer))
+        source, where = jinja_source(tokenizer)
+        if not where:
+            place = str(next(iter(tokenizer.files.values()), ""))
+            raise TokenizerError("the tokenizer has no chat template of its own", place, "name one, such as tokenizer.chat_template=alpaca")
+        self._template = _compile(source, where)
+        self._tokens = _named_beside(tokenizer)
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._signs = re.compile("|".join([_MARK.pattern, *map(re.escape, names)]))
 
@@ -77,17 +81,17 @@ class JinjaTemplate(Template):
         except Exception as error:  # whatever its author's code raises
             raise BadLine(f"the tokenizer's template refuses it: {error}", "mend the row, or take another template") from None
 
-    @cached_property
-    def _tokens(self) -> dict[str, Any]:
-        """What the template may ask for, as the tokenizer's own configuration has it."""
-        bos = self.tokenizer.bos
-        told: dict[str, Any] = {"eos_token": self._end, "bos_token": "" if bos is None else name_of(self.tokenizer, bos)}
-        for path in self.tokenizer.companions:
-            if path.suffix == ".json":
-                config = json.loads(path.read_text(encoding="utf-8"))
-                named = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-                told |= {key: token["content"] if isinstance(token, dict) else token for key, token in named.items() if token}
-        return told | {"tools": None, "documents": None}
+
+def _named_beside(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a template may ask for, as the tokenizer's own configuration has it."""
+    bos = "" if tokenizer.bos is None else name_of(tokenizer, tokenizer.bos)
+    told: dict[str, Any] = {"eos_token": name_of(tokenizer, tokenizer.eod), "bos_token": bos}
+    for path in tokenizer.companions:
+        if path.suffix == ".json":
+            config = read_config(path)
+            named = {key: content_of(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+            told |= {key: token for key, token in named.items() if token}
+    return told | {"tools": None, "documents": None}
 
 
 def _marks(count: int) -> list[str]:
@@ -95,17 +99,20 @@ def _marks(count: int) -> list[str]:
 
 
 def jinja_source(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The template and the file it is in."""
+    """The template and the file it is in; two empty texts where the tokenizer has none.
+
+    Raises:
+        TokenizerError: a file beside the tokenizer is broken.
+    """
     for path in sorted(tokenizer.companions, key=lambda path: path.suffix != ".jinja"):
         if path.suffix == ".jinja":
-            return path.read_text(encoding="utf-8"), str(path)
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+            return read_text(path), str(path)
+        template = read_config(path).get("chat_template")
         if isinstance(template, list):  # several by name
-            template = {one.get("name"): one.get("template") for one in template}.get("default")
+            template = next((one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"), None)
         if isinstance(template, str):
             return template, str(path)
-    where = str(next(iter(tokenizer.files.values()), ""))
-    raise TokenizerError("the tokenizer has no chat template of its own", where, "name one, such as tokenizer.chat_template=alpaca")
+    return "", ""
 
 
 def _generation() -> type:

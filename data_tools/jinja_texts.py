@@ -1,7 +1,7 @@
 """Our chat templates as Jinja texts, for a tokenizer_config.json: what another tool writes with them is what we write.
 
 What a text cannot say: that what a user spells never becomes a special token, and that an answer is encoded apart from what
-stands before it. `transformers` gives the same ids but for these two.
+stands before it. `transformers` gives the same ids but for these two; of SentencePiece models see `_differs`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from data_tools.errors import TokenizerError
 from data_tools.jinja import jinja_source
 from data_tools.templates import OWN, TEMPLATES, Alpaca, Template, build_template, name_of
-from data_tools.tokenizers.base import CONFIG, TEMPLATE, Tokenizer
+from data_tools.tokenizers.base import CONFIG, TEMPLATE, Tokenizer, read_config
+from data_tools.tokenizers.sentencepiece import SentencePieceTokenizer
 
 # The class under which `transformers` builds the tokenizers that have no tokenizer_config.json of their own.
 _CLASSES = {"GPT2BPETokenizer": "GPT2Tokenizer", "HuggingFaceTokenizer": "PreTrainedTokenizerFast", "SentencePieceTokenizer": "LlamaTokenizer"}
@@ -56,7 +57,8 @@ def _chatml(template: Template) -> str:
 def _yuan(template: Template) -> str:
     asked = "{%- if not (loop.last and turn['role'] == 'assistant') %}{%- if not loop.first %}{{- '\\n' }}{%- endif %}"
     answer = "{%- if messages[-1]['role'] == 'assistant' %}{{- messages[-1]['content'] + '<eod>' }}{%- endif %}"
-    return f"{{%- for turn in messages %}}{asked}{_put(_WHOLE)}{{%- endif %}}{{%- endfor %}}{_put(_quoted('<sep>'))}{answer}"
+    said = "{%- set turns = messages[1:] if messages[0]['role'] == 'system' and not messages[0]['content'] else messages %}"
+    return f"{said}{{%- for turn in turns %}}{asked}{_put(_WHOLE)}{{%- endif %}}{{%- endfor %}}{_put(_quoted('<sep>'))}{answer}"
 
 
 _TEXTS: dict[str, Callable[[Template], str]] = {
@@ -90,10 +92,13 @@ def jinja_text(template: Template) -> str:
 
 
 def template_beside(tokenizer: Tokenizer) -> str | None:
-    """The name of the template of ours whose text lies beside a tokenizer, else `tokenizer`; None where no text does."""
-    try:
-        text, _ = jinja_source(tokenizer)
-    except TokenizerError:
+    """The name of the template of ours whose text lies beside a tokenizer, else `tokenizer`; None where no text does.
+
+    Raises:
+        TokenizerError: a file beside the tokenizer is broken.
+    """
+    text, where = jinja_source(tokenizer)
+    if not where:
         return None
     for name in TEMPLATES:
         try:
@@ -106,36 +111,50 @@ def template_beside(tokenizer: Tokenizer) -> str | None:
 
 def write_template(folder: Path, name: str, tokenizer: Tokenizer) -> str:
     """Put one of our templates into the tokenizer_config.json of a Hugging Face folder, and the token that ends its answers into
-    generation_config.json, where it is not the end of document. Returns why it cannot be; empty where it was done.
+    generation_config.json, where it is not the end of document. Returns why it cannot be, or why `transformers` will not write
+    with it what we do; empty where it will.
 
     Raises:
-        TokenizerError: the tokenizer cannot write the template.
+        TokenizerError: the tokenizer cannot write the template, or a file of the folder is broken.
     """
     template, path = build_template(name, tokenizer), folder / CONFIG
     if not path.is_file() and tokenizer.type not in _CLASSES:
         return f"a {tokenizer.type} without a {CONFIG} has no place for it"
-    config = _read(path) if path.is_file() else _config(tokenizer)
+    config = read_config(path) if path.is_file() else _config(tokenizer)
     _write(path, config | {"chat_template": jinja_text(template)})
     (folder / TEMPLATE).unlink(missing_ok=True)  # it would count more
     if template.end != tokenizer.eod:
         generation = folder / "generation_config.json"
-        told = _read(generation) if generation.is_file() else {"eos_token_id": tokenizer.eod}
+        told = read_config(generation) if generation.is_file() else {"eos_token_id": tokenizer.eod}
         ends = told.get("eos_token_id", tokenizer.eod)
         ends = ends if isinstance(ends, list) else [ends]
         _write(generation, told | {"eos_token_id": list(dict.fromkeys([*ends, template.end]))})
+    return _differs(tokenizer, config)
+
+
+def _differs(tokenizer: Tokenizer, config: dict[str, Any]) -> str:
+    """Why `transformers` (5.23) makes other ids of a SentencePiece model than SentencePiece does; empty where it does not, but
+    for a text that begins with a space right behind a special token: there it leaves the dummy prefix out."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return ""
+    if not tokenizer.is_like_llamas:
+        return "transformers takes the model for one like Llama's (BPE of texts as they are, with bytes), and makes other ids of some texts"
+    if bool(config.get("legacy")) != tokenizer.dummy_prefix:
+        wanted = json.dumps(_prefix(tokenizer))
+        return f"by its {CONFIG} transformers makes other ids behind special tokens than the training had; they are the same with {wanted} in it"
     return ""
+
+
+def _prefix(tokenizer: SentencePieceTokenizer) -> dict[str, bool]:
+    """Settings for a space before every text, as SentencePiece puts it, or before none."""
+    return {"legacy": tokenizer.dummy_prefix, "add_prefix_space": tokenizer.dummy_prefix}
 
 
 def _config(tokenizer: Tokenizer) -> dict[str, Any]:
     end = name_of(tokenizer, tokenizer.eod)
     begin = end if tokenizer.bos is None else name_of(tokenizer, tokenizer.bos)
-    unknown = "<unk>" if tokenizer.type == "SentencePieceTokenizer" else end
-    return {"tokenizer_class": _CLASSES[tokenizer.type], "eos_token": end, "bos_token": begin, "unk_token": unknown}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    config = {"tokenizer_class": _CLASSES[tokenizer.type], "eos_token": end, "bos_token": begin, "unk_token": end}
+    return config | {"unk_token": "<unk>"} | _prefix(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else config
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -196,8 +196,10 @@ class Plain(Template):
 
 
 def split_system(turns: Conversation) -> tuple[Turn | None, Conversation]:
-    """The system's turn, where there is one, and the others."""
-    return (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
+    """The system's turn, where there is one that says something, and the others."""
+    if not turns or turns[0].role != "system":
+        return None, turns
+    return turns[0] if turns[0].text else None, turns[1:]
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:

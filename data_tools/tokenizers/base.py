@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.errors import TokenizerError
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -101,6 +103,39 @@ class Tokenizer(ABC):
 def settings_beside(path: Path) -> tuple[Path, ...]:
     """Hugging Face's settings that lie beside a tokenizer's file: names of tokens, and a chat template."""
     return tuple(found for name in (CONFIG, TEMPLATE) if (found := path.with_name(name)).is_file())
+
+
+def read_text(path: Path) -> str:
+    """A text that lies beside a tokenizer.
+
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot be read: {error}", str(path), "fetch the file again") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Settings that lie beside a tokenizer.
+
+    Raises:
+        TokenizerError: not a JSON object, as where Git without git-lfs left a pointer.
+    """
+    try:
+        values = json.loads(read_text(path))
+    except ValueError as error:
+        raise TokenizerError(f"not JSON: {error}", str(path), "fetch the file again") from None
+    if not isinstance(values, dict):
+        raise TokenizerError("not a JSON object", str(path), "fetch the file again")
+    return values
+
+
+def content_of(token: Any) -> str | None:
+    """A token is written as a string, or as an object with its content."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

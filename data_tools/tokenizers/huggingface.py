@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import TokenizerError
-from data_tools.tokenizers.base import CONFIG, TEMPLATE
+from data_tools.tokenizers.base import CONFIG, TEMPLATE, content_of, read_config
 from data_tools.tokenizers.gigatoken import GigatokenBatches
 
 # One thread per process: preprocessing has its workers, and threads do not survive the data loader's fork.
@@ -106,10 +106,10 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.special_tokens = {str(token): i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        eod_token = eod_token or _content(config.get("eos_token"))
+        eod_token = eod_token or content_of(config.get("eos_token"))
         self.eod = _find_eod(vocab, eod_token, tokenizer_model, self.special_tokens)
         self.special_tokens[str(eod_token)] = self.eod
-        bos = vocab.get(_content(config.get("bos_token")) or "")
+        bos = vocab.get(content_of(config.get("bos_token")) or "")
         self.bos = bos if bos in self.special_ids and bos != self.eod else None
         self.files = {"tokenizer_model": tokenizer_model}
         self.options = {"eod_token": eod_token, "tokenizer_hf_include_special_tokens": tokenizer_hf_include_special_tokens}
@@ -131,19 +131,8 @@ def _read_configs(paths: Sequence[Path]) -> dict[str, Any]:
     """The values of the files; what an earlier one says counts."""
     found: dict[str, Any] = {}
     for path in paths:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise TokenizerError(f"not JSON: {error}", str(path), "fetch the file again") from None
-        if not isinstance(values, dict):
-            raise TokenizerError("not a JSON object", str(path), "fetch the file again")
-        found = {**{key: value for key, value in values.items() if value is not None}, **found}
+        found = {**{key: value for key, value in read_config(path).items() if value is not None}, **found}
     return found
-
-
-def _content(token: Any) -> str | None:
-    """A token is written as a string, or as an object with its content."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _add_tokens(backend: Any, listed: dict[str, dict[str, Any]], path: Path) -> None:

@@ -46,6 +46,25 @@ class SentencePieceTokenizer(Tokenizer):
         self.companions = settings_beside(tokenizer_model)
         self.options = {}
 
+    @property
+    def dummy_prefix(self) -> bool:
+        """Whether every text gets a space before it."""
+        return self._processor.normalize("a") == "▁a"
+
+    @property
+    def is_like_llamas(self) -> bool:
+        """Whether it merges pairs, of texts as they are, and falls back to bytes: what LlamaTokenizer of `transformers` takes
+        every model for."""
+        probe = " a  b\nﬁ "
+        as_it_is = self._processor.normalize(probe) == "▁" * self.dummy_prefix + probe.replace(" ", "▁")
+        if not as_it_is or not self._processor.is_byte(self._processor.piece_to_id("<0x0A>")):
+            return False
+        try:
+            self._processor.nbest_encode("a", nbest_size=1)
+        except RuntimeError:  # a unigram model alone can
+            return True
+        return False
+
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
