@@ -16,7 +16,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from checkpoints.files.stored import Stored
 from checkpoints.folder import CheckpointError
 from checkpoints.models.layout import Foreign
 
+if TYPE_CHECKING:  # it imports this
+    from checkpoints.formats.base import Readable
+    from checkpoints.models.model import Model
+
 Form = Literal["plain", "distributed"]
 PREFIX, MASTER, MOMENTS = "optimizer.state.", "fp32_param", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
@@ -33,7 +37,12 @@ OTHER_LAYOUT = "random numbers go on only where TP and PP stay the same: those o
 _OBJECT = "an object of the program that saved it"
 _WITHOUT = "leave out --optimizer, for the weights alone"
 _OURS = ("model", "optimizer", "rng_state", "rerun_state_machine", "content_metadata")  # of a file's keys, not carried as they are
+_AGAIN = "copy the whole checkpoint again, or take an older one"
 Grid = tuple[int, int]
+
+
+class NoStateError(CheckpointError):
+    """A training was saved without any optimizer's state."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +108,30 @@ def with_states(table: Sequence[Foreign]) -> list[Foreign]:
     ]
 
 
+def with_rows(model: Model, table: Sequence[Readable]) -> Model:
+    """The model with all rows of its vocabulary's table, of which each rank has one of `table`: a training goes on with those that
+    pad it, too."""
+    return replace(model, vocab_size=max(model.vocab_size, sum(one.shape[0] for one in table if one.shape)))
+
+
 # ---- out of files ----------------------------------------------------------------------------------------------------
 
 
-def read_state(content: Mapping[str, Any], form: Form, where: str, **more: Any) -> TrainingState:
-    """The state out of what a rank's file or common.pt holds; `more` are further fields.
+def read_state(
+    content: Mapping[str, Any], form: Form, where: str, random: Mapping[Grid, Any], grid: Grid, grads: torch.dtype | None = None
+) -> TrainingState:
+    """The state out of what a rank's file or common.pt holds; `random` as it lies in the files.
 
     Raises:
-        CheckpointError: it holds none, or one that is not of Adam as Megatron-LM sets it up; `where` names the place.
+        CheckpointError: it holds none, one that is damaged, or one that is not of Adam as Megatron-LM sets it up; `where` names the
+            place.
     """
-    optimizer = content.get("optimizer")
-    if not isinstance(optimizer, Mapping) or not isinstance(content.get("args"), Namespace) or not content.get("opt_param_scheduler"):
+    optimizer, schedule, iteration = (content.get(key) for key in ("optimizer", "opt_param_scheduler", "iteration"))
+    if not isinstance(optimizer, Mapping) or not isinstance(content.get("args"), Namespace) or not isinstance(schedule, Mapping) or not schedule:
         raise CheckpointError(f"{where} holds no optimizer's state with its schedule and settings (args): no training goes on from it", _WITHOUT)
-    inner, left_out = inner_of(optimizer), {}
+    if type(iteration) is not int or iteration < 0:
+        raise CheckpointError(f"{where} is damaged: it does not say at which iteration the training stands", _AGAIN)
+    inner, left_out = inner_of(optimizer, where), {}
     others = {key: one for key, one in content.items() if key not in _OURS and not key.removeprefix("model").isdecimal()}
     common = _plain(others, "", left_out)
     if content.get("rerun_state_machine"):
@@ -119,12 +139,36 @@ def read_state(content: Mapping[str, Any], form: Form, where: str, **more: Any) 
     groups = [_plain({k: v for k, v in group.items() if k not in ("params", "step")}, "param_groups", left_out) for group in inner["param_groups"]]
     expect_groups(groups, where)
     scaler = _plain(optimizer.get("grad_scaler"), "grad_scaler", left_out)
-    return TrainingState(form, groups, _step(inner), scaler, common, left_out=left_out, **more)
+    if not isinstance(scaler, (Mapping, type(None))):
+        raise CheckpointError(f"{where} is damaged: its grad_scaler is no state of a loss scale", _AGAIN)
+    random = _random(random, grid, where)
+    return TrainingState(form, groups, _step(inner, where), scaler, common, random, grid, grads, left_out)
 
 
-def inner_of(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """torch's own state: of 16-bit weights, and of the distributed optimizer, one level down."""
-    return optimizer.get("optimizer", optimizer)
+def _random(random: Mapping[Grid, Any], grid: Grid, where: str) -> Mapping[Grid, Any]:
+    """The states of random number generators, of every rank of the layout or of none."""
+    if random and (len(random) != grid[0] * grid[1] or any(stage >= grid[0] or rank >= grid[1] for stage, rank in random)):
+        what = f"random numbers' states of {len(random)} ranks, and the layout is PP {grid[0]} x TP {grid[1]}"
+        raise CheckpointError(f"{where} and the other ranks' files are not of one checkpoint: {what}", _AGAIN)
+    try:
+        return {place: _alive(one) for place, one in random.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # numpy raises many kinds
+        raise CheckpointError(f"{where} is damaged: its rng_state is none of random number generators ({type(error).__name__}: {error})", _AGAIN) from error
+
+
+def inner_of(optimizer: Mapping[str, Any], where: str = "") -> Mapping[str, Any]:
+    """torch's own state: of 16-bit weights, and of the distributed optimizer, one level down.
+
+    Raises:
+        CheckpointError: there is none in what `where` names.
+    """
+    inner = optimizer.get("optimizer", optimizer)
+    groups = inner.get("param_groups") if isinstance(inner, Mapping) else None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups) or not isinstance(inner.get("state") or {}, Mapping):
+        raise CheckpointError(f"{where} is damaged: its optimizer has no param_groups, or its state is none", _AGAIN)
+    return inner
 
 
 def group_decays(group: Mapping[str, Any]) -> bool:
@@ -145,14 +189,19 @@ def expect_groups(groups: Sequence[Mapping[str, Any]], where: str) -> None:
         raise CheckpointError(f"{where} has parameter groups that are not carried: {what}", _WITHOUT)
 
 
-def _step(inner: Mapping[str, Any]) -> int:
+def _step(inner: Mapping[str, Any], where: str) -> int:
     """How many steps were made: torch counts them for each parameter, and torch_dist has one number for all, or none where it
     is 0; Apex and Transformer Engine count for each group."""
     state = inner.get("state") or {}
-    told = [state["common_step"]] if "common_step" in state else [one["step"] for one in state.values() if "step" in one]
+    told = [state["common_step"]] if "common_step" in state else [
+        one["step"] for one in state.values() if isinstance(one, Mapping) and "step" in one
+    ]  # fmt: skip
     told += [group["step"] for group in inner["param_groups"] if "step" in group]
     first = told[0] if told else 0
-    return int(first.read() if isinstance(first, Stored) else first)
+    try:
+        return int(first.read() if isinstance(first, Stored) else first)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{where} is damaged: the optimizer's step is no number", _AGAIN) from error
 
 
 def _plain(value: Any, name: str, left_out: dict[str, str]) -> Any:
@@ -173,15 +222,15 @@ def _plain(value: Any, name: str, left_out: dict[str, str]) -> Any:
     return Inert()
 
 
-def alive(value: Any) -> Any:
+def _alive(value: Any) -> Any:
     """The states of random number generators as they were before pickling: tensors and numpy's arrays, which the reader
     leaves where they are."""
     if isinstance(value, Stored):
         return value.read().clone()
     if isinstance(value, Mapping):
-        return {key: alive(one) for key, one in value.items()}
+        return {key: _alive(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(alive(one) for one in value)
+        return type(value)(_alive(one) for one in value)
     if isinstance(value, Inert):
         _, shape, dtype, _, data = value.state
         raw = data.given[0].encode(data.given[1]) if isinstance(data, Inert) else data

@@ -15,6 +15,7 @@ import struct
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,6 +59,8 @@ class Settings(Namespace):
     """A training's settings. A pickle sets attributes of an object alone: where it means a class, `self` is missing."""
 
     def __setstate__(self, state: Any) -> None:
+        if not all(isinstance(key, str) for key in state):
+            raise ValueError("a setting whose name is none")
         vars(self).update(state)
 
 
@@ -137,6 +140,8 @@ class _TorchUnpickler(Unpickler):
         stored = Stored(self._path, offset + start * dtype.itemsize, dtype, tuple(shape), tuple(strides))
         if min((start, *stored.shape, *strides), default=0) < 0 or start * dtype.itemsize + stored.nbytes > size:
             raise CheckpointError(f"{self._path} is damaged: a tensor lies outside its storage", _AGAIN)
+        if prod(stored.shape) * dtype.itemsize > size:  # by strides such as 0 a few bytes can stand for terabytes
+            raise CheckpointError(f"{self._path} holds a tensor {list(stored.shape)} of more numbers than it has bytes for", "save it made contiguous")
         return stored
 
 
@@ -167,13 +172,14 @@ def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
 
 
 def _expect_tree(value: Any, path: Path, above: set[int], known: set[int]) -> None:
-    """Dictionaries and lists end somewhere: none is deep, or holds itself."""
-    if isinstance(value, (dict, list, tuple)):
+    """Dictionaries, lists and settings end somewhere: none is deep, or holds itself."""
+    if isinstance(value, (dict, list, tuple, Namespace)):
         if id(value) in above or len(above) > _DEEPEST:
             what = f"a dictionary or list in it holds itself, or is nested more than {_DEEPEST} deep"
             raise CheckpointError(f"{path} is damaged: {what}", _AGAIN)
-        for one in value.values() if isinstance(value, dict) else value:
-            if isinstance(one, (dict, list, tuple)) and id(one) not in known:
+        within = vars(value) if isinstance(value, Namespace) else value
+        for one in within.values() if isinstance(within, dict) else within:
+            if isinstance(one, (dict, list, tuple, Namespace)) and id(one) not in known:
                 _expect_tree(one, path, above | {id(value)}, known)
         known.add(id(value))
 

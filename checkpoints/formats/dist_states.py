@@ -16,7 +16,7 @@ import torch
 from checkpoints.files import pickled
 from checkpoints.folder import CheckpointError
 from checkpoints.models.tensor import Tensor
-from checkpoints.optimizer import MASTER, PREFIX, Form, TrainingState, alive, read_state
+from checkpoints.optimizer import MASTER, PREFIX, Form, TrainingState, inner_of, read_state
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -35,15 +35,13 @@ def key_of_state(tensor: Tensor, key: str, form: Form, halves: bool) -> str:
     return f"{PREFIX}param.{weight}" if form == "distributed" else key if halves else weight
 
 
-def state_in(folder: Path, random: Mapping[str, tuple[Path, int, int]]) -> TrainingState:
-    """Where the training stands; `random` are the places of the objects of `.metadata`, by their keys.
+def state_in(folder: Path, common: Mapping[str, Any], random: Mapping[str, tuple[Path, int, int]]) -> TrainingState:
+    """Where the training stands, by what common.pt holds; `random` are the places of the objects of `.metadata`, by their keys.
 
     Raises:
         CheckpointError: there is no optimizer's state, or one that is cut up by the data-parallel ranks that saved it.
     """
-    path = folder / "common.pt"
-    common = pickled.read(path) if path.is_file() else {}
-    optimizer = common.get("optimizer") if isinstance(common, Mapping) else None
+    optimizer = common.get("optimizer")
     kind = optimizer.get(_TYPE) if isinstance(optimizer, Mapping) else None
     if kind not in (None, SHARDING["distrib_optim_sharding_type"]):
         what = f"{folder} has its optimizer's state cut up by the data-parallel ranks that saved it ({kind}), which no other layout takes"
@@ -51,7 +49,7 @@ def state_in(folder: Path, random: Mapping[str, tuple[Path, int, int]]) -> Train
     found = {match.groups(): place for key, place in random.items() if (match := _RANDOM.fullmatch(key))}
     grids = {(int(stages), int(ranks)) for _, _, stages, ranks in found}
     return read_state(
-        common, "distributed" if kind else "plain", str(path), grid=grids.pop() if len(grids) == 1 else (1, 1),
+        common, "distributed" if kind else "plain", f"{folder}/common.pt", grid=grids.pop() if len(grids) == 1 else (1, 1),
         random={(int(stage), int(rank)): _object(*place) for (stage, rank, _, _), place in found.items()},
     )  # fmt: skip
 
@@ -69,7 +67,7 @@ def common_of(state: TrainingState, halves: bool) -> dict[str, Any]:
     if state.form == "distributed":
         optimizer[_TYPE] = SHARDING["distrib_optim_sharding_type"]
     elif state.step:
-        optimizer.get("optimizer", optimizer)["state"]["common_step"] = torch.tensor(float(state.step))
+        inner_of(optimizer)["state"]["common_step"] = torch.tensor(float(state.step))
     return {**state.common, "args": Namespace(**vars(state.common["args"])), "optimizer": optimizer, "content_metadata": dict(SHARDING)}
 
 
@@ -77,5 +75,5 @@ def objects_of(state: TrainingState) -> Iterable[tuple[str, bytes]]:
     """The states of random number generators, as they lie in the files, by their keys."""
     for (stage, rank), one in sorted(state.random.items()):
         file = io.BytesIO()
-        torch.save([alive(one)], file)  # as megatron-core wraps every object
+        torch.save([one], file)  # as megatron-core wraps every object
         yield f"rng_state/shard_{stage}.{rank}_{state.grid[0]}.{state.grid[1]}", file.getvalue()

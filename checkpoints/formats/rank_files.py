@@ -27,7 +27,7 @@ from checkpoints.models import legacy, megatron, published
 from checkpoints.models.layout import Foreign
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
-from checkpoints.optimizer import KINDS, PREFIX, TrainingState, read_state, with_states
+from checkpoints.optimizer import KINDS, PREFIX, NoStateError, TrainingState, read_state, with_rows, with_states
 from checkpoints.recognise import RANK_FILES
 
 _LAYER = re.compile(r"((?:^|.*\.)layers\.)(\d+)(\..*)")
@@ -108,6 +108,8 @@ class _Found:
         self.layers: list[int] = []  # of each part of the model, in the order in which it computes
         grid = [[self._rank(rank_name(t, p, pipeline)) for t in range(tensor)] for p in range(pipeline)]
         self.grid = grid
+        if states and not {"optimizer", FLAT} & self.left_out.keys():
+            raise NoStateError(f"{folder} holds no optimizer's state", "leave out --optimizer, for the weights alone")
         self.settings = vars(grid[0][0]["args"]) if isinstance(grid[0][0].get("args"), Namespace) else {}
         self.version = self._one([rank for stage in grid for rank in stage], "checkpoint_version", 0)
         self._one([rank for stage in grid for rank in stage], "iteration", 0)
@@ -127,8 +129,8 @@ class _Found:
             keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
             raise CheckpointError(f"{path} holds no model, but {keys[:200]}", "give the folder of a checkpoint with its weights")
         self.left_out |= {key: _ALONE for key in _OF_TRAINING if content.get(key)}
-        if path.with_name("distrib_optim.pt").is_file():
-            self.left_out["distrib_optim.pt"] = _ALONE
+        if path.with_name(FLAT).is_file():
+            self.left_out[FLAT] = _ALONE
         return content
 
     def _parts(self, rank: dict[str, Any], t: int, p: int) -> list[dict[str, Any]]:
@@ -152,14 +154,16 @@ class _Found:
         content = {**self.grid[0][0], **{key: last[key] for key in ("pending", "best") if key in last}}
         random = {(p, t): rank["rng_state"] for p, stage in enumerate(self.grid) for t, rank in enumerate(stage) if rank.get("rng_state")}
         grads = pickled.read(self.folder / rank_name(0, 0, self.pipeline) / FLAT) if self.form == "distributed" else {}
-        types = [key[1] for buffer in grads.values() if isinstance(buffer, Mapping) for key in buffer]
+        types = [key[1] for buffer in grads.values() if isinstance(buffer, Mapping) for key in buffer if isinstance(key, tuple) and len(key) == 2]
         return read_state(
             content, self.form, f"{self.folder}/{rank_name(0, 0, self.pipeline)}/{RANK_FILES[0]}", random=random,
-            grid=(self.pipeline, len(self.grid[0])), grads=types[0] if types else None,
+            grid=(self.pipeline, len(self.grid[0])), grads=types[0] if types and isinstance(types[0], torch.dtype) else None,
         )  # fmt: skip
 
     def _one(self, ranks: list[dict[str, Any]], key: str, unsaid: Any) -> Any:
         """A number that the files of all ranks should have alike."""
+        if not all(isinstance(rank.get(key, unsaid), (int, float)) for rank in ranks):
+            raise CheckpointError(f"{self.folder} is damaged: {key} is no number", _RANKS)
         if len(found := {rank.get(key, unsaid) for rank in ranks}) > 1:
             raise CheckpointError(
                 f"{self.folder}: its ranks are not of one checkpoint, they say {key} {' and '.join(sorted(map(str, found)))}",
@@ -245,7 +249,8 @@ def open_source(
         states: the optimizer's tensors too, and all rows of the vocabulary.
 
     Raises:
-        CheckpointError: it is damaged, ranks do not agree, it does not hold this model, or does not say what the model is.
+        CheckpointError: it is damaged, ranks do not agree, it does not hold this model, or does not say what the model is; a
+            NoStateError where no rank holds an optimizer.
     """
     found = _Found(folder, tensor, pipeline, states)
     if any(name.startswith("language_model.") for name in found.shares):
@@ -253,7 +258,7 @@ def open_source(
     else:
         model = model or (_of_config(hf_config, vocab_size) if hf_config else None)
         format, model = "torch", model or megatron.model_with_ids(found.settings, f"{folder} (args)", vocab_size)
-        table = core().foreign(_with_rows(model, found) if states else model)
+        table = core().foreign(with_rows(model, found.shares.get("embedding.word_embeddings.weight", ())) if states else model)
     if found.version < 2 and any("query_key_value" in name or "linear_qkv" in name for name in found.shares):
         raise CheckpointError(
             f"{folder} is of checkpoint_version {found.version}, whose queries, keys and values lie in an order that is not read",
@@ -334,9 +339,3 @@ def _leave_copies(found: _Found, model: Model) -> None:
         for begin in (f"{PREFIX}{kind}." for kind in KINDS if f"{PREFIX}{kind}.{name}" in found.shares):
             alike = _all_same(found.shares[begin + name], found.shares[begin + original])
             found.left_out[begin + name] = f"a copy of {begin}{original}" if alike else f"the last stage's, which is not quite {begin}{original}"
-
-
-def _with_rows(model: Model, found: _Found) -> Model:
-    """The model with all rows of its vocabulary's tables: a training goes on with those that pad it, too."""
-    shares = found.shares.get("embedding.word_embeddings.weight")
-    return model if shares is None else replace(model, vocab_size=shares[0].shape[0] * len(shares))

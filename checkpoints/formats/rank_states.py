@@ -68,11 +68,14 @@ def read_states(folder: Path, file: str, optimizer: Mapping[str, Any], parts: Se
 
 
 def _numbered(path: Path, optimizer: Mapping[str, Any], parts: Sequence[Part]) -> list[dict[str, Readable]]:
-    inner = inner_of(optimizer)
+    inner = inner_of(optimizer, str(path)) if optimizer else {}
     if not inner.get("state"):
         raise CheckpointError(f"{path} holds no moments: no step was made yet, or {FLAT} is missing beside it", _AGAIN)
     expect_groups(inner["param_groups"], str(path))
-    masters = optimizer.get("fp32_from_fp16_params", optimizer.get("fp32_from_fp16", ()))
+    masters = optimizer.get("fp32_from_fp16_params", optimizer.get("fp32_from_fp16", ())) or ()
+    kinds = [*(group.get("params") for group in inner["param_groups"]), masters, *(masters if isinstance(masters, (list, tuple)) else ())]
+    if not all(isinstance(one, (list, tuple)) for one in kinds) or len(masters) not in (0, len(inner["param_groups"])):
+        raise CheckpointError(f"{path} is damaged: its parameter groups have no params, or there are fp32 weights of other groups", _AGAIN)
     found: list[dict[str, Readable]] = [{} for _ in parts]
     for number, group in enumerate(inner["param_groups"]):
         own = [
@@ -87,11 +90,12 @@ def _numbered(path: Path, optimizer: Mapping[str, Any], parts: Sequence[Part]) -
             raise CheckpointError(f"{path}: its optimizer's parameters are not the model's: {counts}", _AGAIN)
         fp32 = iter(masters[number] if masters else ())
         for (part, name, weight), index in zip(own, group["params"], strict=True):
-            state = {**inner["state"].get(index, {}), MASTER: weight if weight.dtype == torch.float32 else _master(next(fp32), weight, name)}
+            own_state = inner["state"].get(index) if type(index) is int else None
+            state = {**(own_state if isinstance(own_state, Mapping) else {}), MASTER: weight if weight.dtype == torch.float32 else _master(next(fp32), weight, name)}
             for kind in KINDS:
-                if kind not in state or tuple(state[kind].shape) != tuple(weight.shape):
-                    shape = list(state[kind].shape) if kind in state else "missing"
-                    raise CheckpointError(f"{path}: {kind} of {name} {list(weight.shape)} is {shape}", _AGAIN)
+                shape = getattr(state.get(kind), "shape", None)
+                if shape is None or tuple(shape) != tuple(weight.shape):
+                    raise CheckpointError(f"{path}: {kind} of {name} {list(weight.shape)} is {'missing' if shape is None else list(shape)}", _AGAIN)
                 found[part][f"{PREFIX}{kind}.{name}"] = state[kind]
     return found
 
@@ -103,14 +107,15 @@ def _master(one: Any, weight: Readable, name: str) -> Any:
 def _flat(path: Path, parts: Sequence[Part], bucket: int | None) -> list[dict[str, Readable]]:
     content = pickled.read(path)
     buffers = [one for key, one in content.items() if type(key) is int] if isinstance(content, Mapping) else []
-    if len(buffers) != len(parts) or not content.get("buckets_coalesced") or any(len(one) != 1 for one in buffers):
+    if len(buffers) != len(parts) or not content.get("buckets_coalesced") or any(not isinstance(one, Mapping) or len(one) != 1 for one in buffers):
         what = f"{len(buffers)} flat buffers for {len(parts)} parts of the model, or several types of numbers in one"
         raise CheckpointError(f"{path} is of an older release, of several optimizers or of FP8: it holds {what}", "save it with megatron-core 0.16")
     found: list[dict[str, Readable]] = []
     for weights, buffer in zip(parts, buffers, strict=True):
         (flat,) = buffer.values()
-        if any(kind not in flat or len(flat[kind].shape) != 1 for kind in _FLAT_KINDS):
-            raise CheckpointError(f"{path} is damaged: a flat buffer is missing", _AGAIN)
+        three = [flat.get(kind) for kind in _FLAT_KINDS] if isinstance(flat, Mapping) else [None]
+        if any(not isinstance(one, Stored) or len(one.shape) != 1 or one.strides not in (None, (1,)) or one.shape != three[0].shape for one in three):
+            raise CheckpointError(f"{path} is damaged: a flat buffer is missing, or no row of as many numbers as the others", _AGAIN)
         places = _places_of(weights, flat["param"].shape[0], bucket, path)
         own: dict[str, Readable] = {}
         for name, weight in weights.items():

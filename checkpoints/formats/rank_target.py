@@ -23,7 +23,7 @@ from checkpoints.models import gpt, legacy
 from checkpoints.models.megatron import args_of
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor, pad
-from checkpoints.optimizer import KINDS, PREFIX, TrainingState, alive, with_states
+from checkpoints.optimizer import KINDS, PREFIX, TrainingState, with_states
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _BLOCK = 64 << 20  # bytes that are read at a time
@@ -166,7 +166,7 @@ class RankFiles(Target):
             optimizer, of_state = self._optimizer(weights, p)
             places |= of_state
             whole["optimizer"] = optimizer if self.state.form == "plain" else self.state.nested(True)
-            whole |= {} if random is None else {"rng_state": alive(random)}
+            whole |= {} if random is None else {"rng_state": random}
             if self.state.form == "distributed":
                 archives[FLAT] = Archive(Path(FLAT).stem, optimizer)
         archives[file] = Archive(Path(file).stem, slotted(whole, contents))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from checkpoints.formats.base import Readable, Source, by_own_names
 from checkpoints.formats.dist_states import key_of_state, state_in
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
-from checkpoints.optimizer import with_states
+from checkpoints.optimizer import NoStateError, with_rows, with_states
 
 _AGAIN = "copy the whole checkpoint again, or take an older one"
+_EMBEDDING = "embedding.word_embeddings.weight"
 _LAYERS = "name the recipe that it was trained with, or mend num_layers in the one beside it"
 
 
@@ -93,10 +94,14 @@ class Chunks:
 
 def settings(folder: Path) -> Namespace:
     """The settings of the training in common.pt, under Megatron-LM's names; empty where there are none."""
+    args = _common(folder).get("args")
+    return args if isinstance(args, Namespace) else Namespace()
+
+
+def _common(folder: Path) -> dict[str, Any]:
     path = folder / "common.pt"
     common = pickled.read(path) if path.is_file() else {}
-    args = common.get("args") if isinstance(common, dict) else None
-    return args if isinstance(args, Namespace) else Namespace()
+    return common if isinstance(common, dict) else {}
 
 
 def open_source(folder: Path, model: Model, states: bool = False) -> Source:
@@ -104,7 +109,7 @@ def open_source(folder: Path, model: Model, states: bool = False) -> Source:
     with `states` the optimizer's tensors too, and all rows of the vocabulary.
 
     Raises:
-        CheckpointError: it is damaged, or does not hold this model.
+        CheckpointError: it is damaged, or does not hold this model; a NoStateError where it holds no optimizer.
     """
     try:
         backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
@@ -116,12 +121,17 @@ def open_source(folder: Path, model: Model, states: bool = False) -> Source:
     index = _tensors_of(known, folder)
     table, state = by_own_names(model), None
     if states:
-        table, state = with_states(by_own_names(_with_rows(model, index))), state_in(folder, _objects(known, folder))
+        common = _common(folder)
+        if "optimizer" not in common and not any(key.startswith("optimizer.") for key in index):
+            raise NoStateError(f"{folder} holds no optimizer's state", "leave out --optimizer, for the weights alone")
+        rows = [index[_EMBEDDING]] if _EMBEDDING in index else []
+        table, state = with_states(by_own_names(with_rows(model, rows))), state_in(folder, common, _objects(known, folder))
     halves = any(one.dtype != torch.float32 for key, one in index.items() if not key.startswith("optimizer."))
     keys = {one.tensor.name: key_of(one.tensor, model) for one in table}
     if state is not None:
         keys = {one.tensor.name: key_of_state(one.tensor, keys[one.tensor.name], state.form, halves) for one in table}
     found: dict[str, Readable] = {}
+    taken: set[str] = set()
     for tensor in (one.tensor for one in table):
         key = keys[tensor.name]
         if key in index:
@@ -130,21 +140,16 @@ def open_source(folder: Path, model: Model, states: bool = False) -> Source:
                 raise CheckpointError(f"{folder}: {key} is of {layers} layers, and the model has {model.num_layers}", _LAYERS)
             found[tensor.name] = index[key] if tensor.layer is None else of_layer(index[key], tensor.layer)
         elif tensor.layer is not None and (apart := key.replace("layers.", f"layers.{tensor.layer}.", 1)) in index:
-            found[tensor.name] = index[apart]  # layers that differ are not stacked
-    mine = {*keys, *keys.values()}
+            key = apart  # layers that differ are not stacked
+            found[tensor.name] = index[apart]
+        taken.add(key)
     left_out = {key: "the optimizer's: weights alone are converted, unless --optimizer keep" for key in index if key.startswith("optimizer.")}
     left_out = left_out if state is None else dict(state.left_out)
-    more = {key: chunks for key, chunks in index.items() if key not in mine and key not in left_out}
+    more = {f"{key}, besides the stacked one" if key in found else key: one for key, one in index.items() if key not in taken and key not in left_out}
     return Source(
         "torch_dist", folder, model, table, found | more, left_out, padded=True, training=vars(settings(folder)),
         companions=sorted(path for place in ("tokenizer", "hf") for path in (folder / place).glob("*") if path.is_file()), state=state,
     )  # fmt: skip
-
-
-def _with_rows(model: Model, index: Mapping[str, Chunks]) -> Model:
-    """The model with all rows of its vocabulary's tables: a training goes on with those that pad it, too."""
-    table = index.get("embedding.word_embeddings.weight")
-    return model if table is None or not table.shape else replace(model, vocab_size=table.shape[0])
 
 
 def read_index(folder: Path) -> dict[str, Chunks]:

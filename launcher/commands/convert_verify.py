@@ -34,9 +34,10 @@ def compare(loaded: Loaded) -> int:
         raise UserError("two checkpoints are wanted", "command line", "yuan convert A B --verify")
     places = [recognise(Path(path)) for path in (asked.source, asked.target)]
     from checkpoints import verify  # torch takes 3 s to import
+    from checkpoints.optimizer import NoStateError
 
     fused = (source_fused(asked), asked.fused_layout)
-    states = all(map(_trains, places))
+    states, unread = all(map(_trains, places)), False
 
     def opened(states: bool) -> list[Source]:
         return [open_checkpoint(loaded, found, own_recipe(found.path), how, states) for found, how in zip(places, fused, strict=True)]
@@ -46,6 +47,7 @@ def compare(loaded: Loaded) -> int:
     except CheckpointError as error:
         if not states:
             raise
+        unread = not isinstance(error, NoStateError)
         first, second = opened(False)
         typer.echo(f"optimizer  not compared: {error}")
     typer.echo(f"first      {first.path}: {first.format}, {first.model}\nsecond     {second.path}: {second.format}, {second.model}")
@@ -69,7 +71,7 @@ def compare(loaded: Loaded) -> int:
         typer.echo(f"training   step {first.state.iteration:,}: with Adam's tensors and its schedule")
     alike = [f"{counts['same']:,} the same bit for bit"] + ([f"{counts['rounded']:,} but for rounding"] if counts["rounded"] else [])
     typer.echo(f"tensors    {sum(counts.values()):,}: {', '.join([*alike, f'{wrong:,} differ'])}")
-    return 1 if wrong or said else 0
+    return 1 if wrong or said or unread else 0
 
 
 def _trains(found: Found) -> bool:
