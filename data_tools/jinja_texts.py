@@ -111,15 +111,15 @@ def template_beside(tokenizer: Tokenizer) -> str | None:
 
 def write_template(folder: Path, name: str, tokenizer: Tokenizer) -> str:
     """Put one of our templates into the tokenizer_config.json of a Hugging Face folder, and the token that ends its answers into
-    generation_config.json, where it is not the end of document. Returns why it cannot be, or why `transformers` will not write
-    with it what we do; empty where it will.
+    generation_config.json, where it is not the end of document. Returns what is to be told of it: why it cannot be, or
+    why `transformers` will not write with it what we do; empty where it will.
 
     Raises:
         TokenizerError: the tokenizer cannot write the template, or a file of the folder is broken.
     """
     template, path = build_template(name, tokenizer), folder / CONFIG
     if not path.is_file() and tokenizer.type not in _CLASSES:
-        return f"a {tokenizer.type} without a {CONFIG} has no place for it"
+        return f"does not go along: a {tokenizer.type} without a {CONFIG} has no place for it"
     config = read_config(path) if path.is_file() else _config(tokenizer)
     _write(path, config | {"chat_template": jinja_text(template)})
     (folder / TEMPLATE).unlink(missing_ok=True)  # it would count more
@@ -138,10 +138,10 @@ def _differs(tokenizer: Tokenizer, config: dict[str, Any]) -> str:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return ""
     if not tokenizer.is_like_llamas:
-        return "transformers takes the model for one like Llama's (BPE of texts as they are, with bytes), and makes other ids of some texts"
+        return "goes along, but transformers takes the model for one like Llama's (BPE of texts as they are, with bytes), and makes other ids of some texts"
     if bool(config.get("legacy")) != tokenizer.dummy_prefix:
         wanted = json.dumps(_prefix(tokenizer))
-        return f"by its {CONFIG} transformers makes other ids behind special tokens than the training had; they are the same with {wanted} in it"
+        return f"goes along, but by the folder's own {CONFIG} transformers makes other ids behind special tokens than the training had; they are the same with {wanted} in it"
     return ""
 
 

@@ -260,4 +260,4 @@ def _carry_template(to: str, settings: Tokenizer, folder: Path) -> None:
     from launcher.recipe.tokenizer import tokenizer_of
 
     if why := write_template(folder, settings.chat_template, tokenizer_of(settings)):
-        typer.echo(f"warning: the chat template {settings.chat_template} does not go along: {why}", err=True)
+        typer.echo(f"warning: the chat template {settings.chat_template} {why}", err=True)

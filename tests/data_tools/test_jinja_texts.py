@@ -103,7 +103,7 @@ def test_a_text_that_is_not_ours_is_the_tokenizers_own(folders):
 
 
 def test_what_has_no_place_for_a_text_is_told(tmp_path):
-    assert "NullTokenizer" in write_template(tmp_path, "plain", build_tokenizer("NullTokenizer", vocab_size=9))
+    assert "does not go along: a NullTokenizer" in write_template(tmp_path, "plain", build_tokenizer("NullTokenizer", vocab_size=9))
     assert not [*tmp_path.iterdir()]
 
 
