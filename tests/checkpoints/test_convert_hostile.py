@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import metadata
 
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored
@@ -140,6 +141,30 @@ def test_layers_beyond_the_models_and_chunks_that_overlap(tmp_path):
     with pytest.raises(UserError, match="metadata is damaged") as told:
         convert(tmp_path / "ours", tmp_path / "back", "--to", "hf")
     assert told.value.fix
+
+
+def test_layers_that_are_not_stacked(tmp_path):
+    """As megatron-core saves a model whose layers differ: a tensor for each."""
+    convert(write(tmp_path / "hf", LLAMA, llama_tensors()), tmp_path / "ours")
+    place = tmp_path / "ours" / "release" / ".metadata"
+    known = pickle.loads(place.read_bytes())
+    stacked = {key: one for key, one in known.state_dict_metadata.items() if key.startswith("decoder.layers.") and hasattr(one, "chunks")}
+    for key, one in stacked.items():
+        for number, chunk in enumerate(one.chunks):
+            apart = key.replace("layers.", f"layers.{number}.")
+            first = torch.Size(chunk.offsets[1:])
+            chunks = [metadata.ChunkStorageMetadata(first, torch.Size(chunk.sizes[1:]))]
+            known.state_dict_metadata[apart] = metadata.TensorStorageMetadata(one.properties, torch.Size(one.size[1:]), chunks)
+            known.storage_data[metadata.MetadataIndex(apart, first)] = known.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
+    place.write_bytes(pickle.dumps(known))
+    with pytest.raises(UserError, match="not known: .*decoder.layers.0.self_attention.linear_qkv.weight, besides the stacked one"):
+        convert(tmp_path / "ours", tmp_path / "back", "--to", "hf")
+    for key in stacked:
+        del known.state_dict_metadata[key]
+    place.write_bytes(pickle.dumps(known))
+    convert(tmp_path / "ours", tmp_path / "back", "--to", "hf")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert len(stacked) == 6 and all(torch.equal(back[name], one) for name, one in llama_tensors().items())
 
 
 @pytest.mark.parametrize(

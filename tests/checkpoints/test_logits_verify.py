@@ -11,8 +11,14 @@ torch = pytest.importorskip("torch")
 from checkpoints.convert import Wanted, convert, open_source  # noqa: E402
 from checkpoints.formats.base import Source  # noqa: E402
 from checkpoints.recognise import recognise  # noqa: E402
+from checkpoints.verify import compare  # noqa: E402
 from launcher.cli import app  # noqa: E402
-from launcher.workers.logits import _compared  # noqa: E402
+from launcher.commands import convert_logits  # noqa: E402
+from launcher.errors import UserError  # noqa: E402
+from launcher.recipe import load  # noqa: E402
+from launcher.recipe.converted import source_fused  # noqa: E402
+from launcher.workers.logits import _compared, _prompts  # noqa: E402
+from tests.checkpoints import mindspore_fixtures  # noqa: E402
 from tests.checkpoints import rank_fixtures as fixtures  # noqa: E402
 from tests.checkpoints.test_rank_files import CORE  # noqa: E402
 
@@ -41,6 +47,33 @@ def test_one_file_per_rank_beside_a_folder_of_hugging_face(tmp_path):
     assert "differs    decoder.final_layernorm.weight" in done.output and "likeliest  the same next token after 5 of 5" in done.output
     apart, spread = (float(re.search(pattern, done.output)[1]) for pattern in (r"apart +at most ([\d.e+-]+)", r"spread by ([\d.e+-]+)"))
     assert apart > spread > 0.1 and "beyond --tolerance 0.001" in done.output
+
+
+def test_what_the_second_model_cannot_read_is_named(tmp_path):
+    def recipe(positions: int, vocabulary: int):
+        options = {"generate.input": (str(tmp_path / "prompts.jsonl"), "")}
+        found = load([f"model.max_position_embeddings={positions}", "tokenizer.type=NullTokenizer", "tokenizer.vocab_size=99"], options, default="").recipe
+        found.derived.vocab_size = vocabulary
+        return found
+
+    (tmp_path / "prompts.jsonl").write_text('{"query": "1 2 3 4"}\n\n{"query": "50"}\n')
+    assert _prompts(recipe(8, 100), recipe(4, 51)) == [[1, 2, 3, 4], [50]]
+    for second, line, fault in ((recipe(3, 60), 1, "4 tokens, up to id 4: the second model has 3 positions"), (recipe(4, 50), 3, "up to id 50: .* both have 50 ids")):
+        with pytest.raises(UserError, match=fault) as told:
+            _prompts(recipe(8, 100), second)
+        assert told.value.where.endswith(f"prompts.jsonl:{line}")
+
+
+def test_each_side_is_read_by_its_own_fused_layout(tmp_path, monkeypatch):
+    whole, config = mindspore_fixtures.parts(), mindspore_fixtures.config(4, 4, 40)
+    for layout in ("concat", "grouped"):
+        mindspore_fixtures.write(tmp_path / layout, [mindspore_fixtures.rank(whole, layout, number, 2) for number in range(2)], config=config)
+    given = []
+    monkeypatch.setattr(convert_logits, "_run", given.append)
+    words = ["--verify", "--logits", "--source-fused-layout", "concat", "--fused-layout", "grouped"]
+    CliRunner().invoke(app, ["convert", str(tmp_path / "concat"), str(tmp_path / "grouped"), *words])
+    sources = [open_source(recognise(tmp_path / layout), fused_layout=source_fused(recipe.convert)) for recipe, layout in zip(given[0], ("concat", "grouped"), strict=True)]
+    assert {one.kind for one in compare(*sources)} == {"same"}
 
 
 def test_what_is_told_of_two_models():

@@ -110,6 +110,10 @@ def test_numbers_that_are_none_and_others_than_were_written(copy, tmp_path):
     assert "decoder.layers.1.mlp.linear_fc2.weight is not what conversion.json says" in yuan("inspect", folder, "--deep", code=1)
 
 
+def test_a_smaller_vocabulary_is_no_damage(made):
+    assert "problems   none" in yuan("inspect", made / "mindspore", "--deep", "--vocab-size", 10)
+
+
 def test_tensors_that_are_missing_or_of_another_shape(tmp_path):
     tensors = llama_tensors()
     del tensors["model.norm.weight"]
