@@ -9,8 +9,6 @@ from pathlib import Path
 from checkpoints.adapters import find_bases
 from checkpoints.folder import CheckpointError, has_checkpoints
 from checkpoints.recognise import checkpoint_in
-from launcher.recipe.check_stages import LAYOUT, pipeline
-from launcher.recipe.estimate.stages import chunks
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.size import matrices, matrix_names
 
@@ -37,7 +35,6 @@ def lora(case: Case) -> Iterator[Problem]:
         return  # refused by `ranges`
     yield from _targets(case)
     yield from _size(case)
-    yield from _stages(case)
     if c.format == "torch":
         yield Problem("adapters are saved in torch_dist, not in files per rank", case.at("checkpoint.format", "lora.rank"), "checkpoint.format=torch_dist")
     if c.load is None and case.recipe.data.train is None and not has_checkpoints(Path(case.recipe.run.dir or "") / "checkpoints"):
@@ -61,17 +58,6 @@ def base(case: Case) -> Iterator[Problem]:
     except CheckpointError as error:
         if error.fix:  # what else is wrong with it, other rules say
             yield Problem(str(error), case.at("checkpoint.load"), error.fix)
-
-
-def _stages(case: Case) -> Iterator[Problem]:
-    """A rank without adapters has no optimizer. megatron-core 0.16 saves Adam's step from rank 0 alone, and of the distributed
-    optimizer asks every rank for one."""
-    if case.recipe.parallel.pipeline_model_parallel_layout is None or any(one.severity == "error" for one in pipeline(case)):
-        return  # without a layout of its own each stage has layers
-    idle = [str(rank) for rank, stage in enumerate(chunks(case.recipe)) if not any(chunk.layers for chunk in stage)]
-    if idle:
-        what = f"pipeline rank {' and '.join(idle)} has no layers, so no adapters: it would train nothing, and have no optimizer to save"
-        yield Problem(what, case.at(LAYOUT, "lora.rank"), "a layout with a t on each rank, or lora.rank=null")
 
 
 def _targets(case: Case) -> Iterator[Problem]:

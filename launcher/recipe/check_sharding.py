@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from launcher.recipe.check_stages import LAYOUT, PP, pipeline
+from launcher.recipe.estimate.stages import chunks
 from launcher.recipe.parts import transformer_engine_ruled_out
 from launcher.recipe.problem import Case, Problem, count
 
-PP = "parallel.pipeline_model_parallel_size"
 ZERO, DISTRIBUTED = "parallel.zero", "parallel.use_distributed_optimizer"
 OFFLOADED = "parallel.cpu_offloading_num_layers"
 
@@ -51,6 +52,20 @@ def _fully_sharded(case: Case) -> Iterator[Problem]:
     if case.recipe.derived.data_parallel_size == 1:
         what = f"ZeRO's stage {stage} shares out over the data-parallel ranks, and there is one"
         yield Problem(what, case.at(ZERO), f"{ZERO}=null, or launch.nproc_per_node={2 * case.recipe.launch.nproc_per_node}", "warning")
+
+
+def idle(case: Case) -> Iterator[Problem]:
+    """A rank that trains nothing has no optimizer, and megatron-core 0.16 saves Adam's step from rank 0 alone; of the distributed
+    optimizer it asks every rank for one."""
+    recipe, adapters = case.recipe, bool(case.recipe.lora.rank)
+    of_layout = recipe.parallel.pipeline_model_parallel_layout is not None  # without one each stage has layers
+    if not of_layout or not (adapters or recipe.parallel.use_distributed_optimizer) or any(one.severity == "error" for one in pipeline(case)):
+        return
+    trained = [any(one.layers or not adapters and (one.embedding or one.output) for one in stage) for stage in chunks(recipe)]
+    if ranks := [str(rank) for rank, some in enumerate(trained) if not some]:
+        what = f"pipeline rank {' and '.join(ranks)} would train nothing{', without layers for adapters' if adapters else ''}, and have no optimizer to save"
+        other = "lora.rank" if adapters else DISTRIBUTED
+        yield Problem(what, case.at(LAYOUT, other), f"a layout with a t on each rank, or {other}={'null' if adapters else 'false'}")
 
 
 def offloading(case: Case) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ LAYOUT: tuple[Check, ...] = (  # the rules of `check` about how processes share 
     check_stages.recompute,
     check_layout.data_parallel,
     check_sharding.zero,
+    check_sharding.idle,
     check_sharding.offloading,
     check_layout.machines,
 )

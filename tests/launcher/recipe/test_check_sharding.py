@@ -16,6 +16,7 @@ data: {data_path: data_text_document, split: '8,1,1'}
 launch: {device: cpu, nproc_per_node: 4}
 """
 OFFLOAD = "optimizer.optimizer_cpu_offload=true"
+HOLLOW = "parallel.pipeline_model_parallel_size=4 parallel.pipeline_model_parallel_layout=Et*4|||t*4L"
 ACTIVATIONS = "parallel.cpu_offloading_num_layers=7"
 
 
@@ -50,6 +51,7 @@ def test_sound(problems, words):
     ("parallel.zero=3 training.precision=fp16", "loss scale", "training.precision=bf16, or parallel.zero=1"),
     ("parallel.zero=3 checkpoint.format=torch", "none holds a whole tensor", "checkpoint.format=torch_dist"),
     ("parallel.zero=3 lora.rank=4 checkpoint.load=nowhere", "of adapters", "parallel.zero=1, or lora.rank=null"),
+    (f"parallel.use_distributed_optimizer=true {HOLLOW}", "pipeline rank 1 and 2 would train nothing, and", "parallel.use_distributed_optimizer=false"),
     (f"parallel.use_distributed_optimizer=true {OFFLOAD}", "this is a CPU", "optimizer.optimizer_cpu_offload=false"),
     (ACTIVATIONS, "this is a CPU", "parallel.cpu_offloading_num_layers=0"),
     (f"launch.device=cuda training.precision=bf16 {OFFLOAD}", "distributed optimizer", "parallel.use_distributed_optimizer=true"),

@@ -57,8 +57,8 @@ def problems(write_recipe, write_data, workspace):
         (["checkpoint.format=torch"], "adapters are saved in torch_dist", "checkpoint.format=torch_dist"),
         (["checkpoint.load=null"], "adapters stand beside trained weights, and none are named", "checkpoint.load=RUN_OR_CHECKPOINT"),
         (["checkpoint.finetune=false"], "adapters begin at step 0", "checkpoint.finetune=true"),
-        ([*STAGES, "parallel.pipeline_model_parallel_layout=E|t*8L"], "pipeline rank 0 has no layers, so no adapters", "a t on each rank"),
-        ([*STAGES, "parallel.pipeline_model_parallel_layout=Et*8|L"], "pipeline rank 1 has no layers, so no adapters", "or lora.rank=null"),
+        ([*STAGES, "parallel.pipeline_model_parallel_layout=E|t*8L"], "pipeline rank 0 would train nothing, without layers", "a t on each rank"),
+        ([*STAGES, "parallel.pipeline_model_parallel_layout=Et*8|L"], "pipeline rank 1 would train nothing, without layers", "or lora.rank=null"),
     ],
 )
 def test_refused_with_the_way_out(problems, words, what, fix):
