@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -24,7 +24,6 @@ TP, PP = "convert.tensor_model_parallel_size", "convert.pipeline_model_parallel_
 LAYOUT, VIRTUAL = "convert.pipeline_model_parallel_layout", "convert.num_layers_per_virtual_pipeline_stage"
 OPTIMIZER, TRAINED = "convert.optimizer", ("torch_dist", "torch")  # formats that hold a training, too
 RANKS = {"torch_dist": (), "hf": (), "mindspore": (TP,)}  # what of a layout a format has; the others have both
-_MOMENTS = 8  # bytes of Adam's two for each number; where weights are in 16 bits there are fp32 ones too
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -34,7 +33,7 @@ def places(case: Case) -> Iterator[Problem]:
     for key in ("convert.source", "convert.target"):
         if not case.value(key):
             yield Problem(f"{key} is not given", "no recipe and no word of the command line gives it", f"{key}=FOLDER")
-    found = None
+    found, frozen = None, []
     if c.source:
         try:
             found = recognise(Path(c.source))
@@ -43,7 +42,7 @@ def places(case: Case) -> Iterator[Problem]:
         except CheckpointError as error:
             yield Problem(str(error), case.at("convert.source"), error.fix or "convert.source=the folder of a checkpoint, or of a run")
     if c.target:
-        yield from _target(case, Path(c.target))
+        yield from _target(case, Path(c.target), [*([Path(c.source)] if c.source else []), *frozen])
     yield from _fused(case)
     if c.quantize and c.to not in QUANTIZED:
         what = f"{c.to} has no weights in {c.quantize}"
@@ -60,18 +59,18 @@ def places(case: Case) -> Iterator[Problem]:
         yield Problem(f"no config.json in {c.hf_config}", case.at("convert.hf_config"), fix)
 
 
-def _target(case: Case, target: Path) -> Iterator[Problem]:
+def _target(case: Case, target: Path, sources: Iterable[Path]) -> Iterator[Problem]:
     if target.is_dir() and any(target.iterdir()) or target.is_file():
         yield Problem(f"{target} is there already", case.at("convert.target"), "give another convert.target, or move that away")
-    if not case.recipe.convert.source:
-        return
-    source = Path(case.recipe.convert.source).resolve()
-    if target.resolve() == source or source in target.resolve().parents or target.resolve() in source.parents:
-        yield Problem(
-            "source and target lie one in the other",
-            case.at("convert.source", "convert.target"),
-            f"convert.target={str(case.recipe.convert.source).rstrip('/')}-converted",
-        )
+    to = target.resolve()
+    for source in sources:
+        if to == (whence := source.resolve()) or whence in to.parents or to in whence.parents:
+            yield Problem(
+                "source and target lie one in the other" + (f": the adapters are of {source}" if str(source) != case.recipe.convert.source else ""),
+                case.at("convert.source", "convert.target"),
+                f"convert.target={str(case.recipe.convert.source).rstrip('/')}-converted",
+            )
+            return
 
 
 def _fused(case: Case) -> Iterator[Problem]:
@@ -129,9 +128,9 @@ def _bytes(case: Case, found: Found) -> int | None:
             return None
         precision = c.dtype or (own.training.precision if own else said.precision)
         width = 1 if c.quantize or model.quantize and c.to in QUANTIZED else _BYTES.get(precision, 1)
-        width += _MOMENTS if c.optimizer != "none" else 0
-        width += 12 * (c.optimizer != "none")  # fp32 weights and two moments, which plain fp32 weights need no copy of
-        width -= 4 * (c.optimizer == "plain" and precision == "fp32")
+        form = c.optimizer if c.optimizer != "keep" else "distributed" if own and own.parallel.use_distributed_optimizer else "plain"
+        if form != "none":  # two moments, and fp32 weights, of which plain fp32 weights need no copy
+            width += 8 if form == "plain" and precision == "fp32" else 12
         numbers = sum(prod(one.shape) for one in tensors(model))
         copies = c.tensor_model_parallel_size - 1 if TP in RANKS.get(c.to, (TP, PP)) and model.family == "yuan2" else 0
         return width * (numbers + copies * 2 * model.hidden_size**2 * model.num_layers)
