@@ -132,7 +132,7 @@ def read_state(
     if type(iteration) is not int or iteration < 0:
         raise CheckpointError(f"{where} is damaged: it does not say at which iteration the training stands", _AGAIN)
     inner, left_out = inner_of(optimizer, where), {}
-    others = {key: one for key, one in content.items() if key not in _OURS and not key.removeprefix("model").isdecimal()}
+    others = {key: one for key, one in content.items() if key not in _OURS and not str(key).removeprefix("model").isdecimal()}
     common = _plain(others, "", left_out)
     if content.get("rerun_state_machine"):
         left_out["rerun_state_machine"] = _OBJECT
@@ -164,7 +164,7 @@ def inner_of(optimizer: Mapping[str, Any], where: str = "") -> Mapping[str, Any]
     Raises:
         CheckpointError: there is none in what `where` names.
     """
-    inner = optimizer.get("optimizer", optimizer)
+    inner = optimizer.get("optimizer", optimizer) if isinstance(optimizer, Mapping) else None
     groups = inner.get("param_groups") if isinstance(inner, Mapping) else None
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups) or not isinstance(inner.get("state") or {}, Mapping):
         raise CheckpointError(f"{where} is damaged: its optimizer has no param_groups, or its state is none", _AGAIN)
@@ -235,4 +235,6 @@ def _alive(value: Any) -> Any:
         _, shape, dtype, _, data = value.state
         raw = data.given[0].encode(data.given[1]) if isinstance(data, Inert) else data
         return np.frombuffer(raw, np.dtype(dtype.given[0])).reshape(shape).copy()
-    return value
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.Tensor)):
+        return value
+    raise TypeError(type(value).__name__)

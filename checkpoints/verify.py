@@ -56,13 +56,13 @@ def _standing(source: Source) -> dict[str, object]:
     if state is None:
         return {}
     args = vars(state.common["args"])
-    found: dict[str, object] = {"iteration": state.iteration, "optimizer's step": state.step, "grad_scaler": _plain(state.scaler)}
+    found: dict[str, object] = {"iteration": state.iteration, "optimizer's step": state.step, "grad_scaler": state.scaler}
     found |= {key: args.get(key) for key in ("consumed_train_samples", "consumed_valid_samples")}
     found |= {f"opt_param_scheduler.{key}": value for key, value in state.common["opt_param_scheduler"].items()}
     for group in state.groups:
         decays = "with" if group_decays(group) else "without"
         found |= {f"{key} {decays} weight decay": value for key, value in group.items() if key in _OF_GROUPS}
-    return found
+    return {key: _plain(value) for key, value in found.items()}
 
 
 def _plain(value: object) -> object:

@@ -72,10 +72,7 @@ def _numbered(path: Path, optimizer: Mapping[str, Any], parts: Sequence[Part]) -
     if not inner.get("state"):
         raise CheckpointError(f"{path} holds no moments: no step was made yet, or {FLAT} is missing beside it", _AGAIN)
     expect_groups(inner["param_groups"], str(path))
-    masters = optimizer.get("fp32_from_fp16_params", optimizer.get("fp32_from_fp16", ())) or ()
-    kinds = [*(group.get("params") for group in inner["param_groups"]), masters, *(masters if isinstance(masters, (list, tuple)) else ())]
-    if not all(isinstance(one, (list, tuple)) for one in kinds) or len(masters) not in (0, len(inner["param_groups"])):
-        raise CheckpointError(f"{path} is damaged: its parameter groups have no params, or there are fp32 weights of other groups", _AGAIN)
+    masters = _masters(path, optimizer, [group.get("params") for group in inner["param_groups"]])
     found: list[dict[str, Readable]] = [{} for _ in parts]
     for number, group in enumerate(inner["param_groups"]):
         own = [
@@ -90,13 +87,23 @@ def _numbered(path: Path, optimizer: Mapping[str, Any], parts: Sequence[Part]) -
             raise CheckpointError(f"{path}: its optimizer's parameters are not the model's: {counts}", _AGAIN)
         fp32 = iter(masters[number] if masters else ())
         for (part, name, weight), index in zip(own, group["params"], strict=True):
-            own_state = inner["state"].get(index) if type(index) is int else None
-            state = {**(own_state if isinstance(own_state, Mapping) else {}), MASTER: weight if weight.dtype == torch.float32 else _master(next(fp32), weight, name)}
+            moments = inner["state"].get(index) if type(index) is int else None
+            master = weight if weight.dtype == torch.float32 else _master(next(fp32), weight, name)
+            state = {**(moments if isinstance(moments, Mapping) else {}), MASTER: master}
             for kind in KINDS:
                 shape = getattr(state.get(kind), "shape", None)
                 if shape is None or tuple(shape) != tuple(weight.shape):
                     raise CheckpointError(f"{path}: {kind} of {name} {list(weight.shape)} is {'missing' if shape is None else list(shape)}", _AGAIN)
                 found[part][f"{PREFIX}{kind}.{name}"] = state[kind]
+    return found
+
+
+def _masters(path: Path, optimizer: Mapping[str, Any], params: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """The weights in fp32 of each group of `params`; empty where the weights are in fp32 themselves."""
+    found = optimizer.get("fp32_from_fp16_params", optimizer.get("fp32_from_fp16", ()))
+    several = [*params, found, *(found if isinstance(found, (list, tuple)) else ())]
+    if not all(isinstance(one, (list, tuple)) for one in several) or len(found) not in (0, len(params)):
+        raise CheckpointError(f"{path} is damaged: its parameter groups have no params, or there are fp32 weights of other groups", _AGAIN)
     return found
 
 

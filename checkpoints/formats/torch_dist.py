@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ from checkpoints.models.tensor import Tensor
 from checkpoints.optimizer import NoStateError, with_rows, with_states
 
 _AGAIN = "copy the whole checkpoint again, or take an older one"
+Found = TypeVar("Found")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _LAYERS = "name the recipe that it was trained with, or mend num_layers in the one beside it"
 
@@ -118,14 +119,14 @@ def open_source(folder: Path, model: Model, states: bool = False) -> Source:
     if backend != "torch_dist":
         raise CheckpointError(f"{folder} is in megatron-core's format {backend!r}, and torch_dist is read", "save it with --ckpt-format torch_dist")
     known = _known(folder)
-    index = _tensors_of(known, folder)
+    index = _parsed(known, folder, _tensors)
     table, state = by_own_names(model), None
     if states:
         common = _common(folder)
         if "optimizer" not in common and not any(key.startswith("optimizer.") for key in index):
             raise NoStateError(f"{folder} holds no optimizer's state", "leave out --optimizer, for the weights alone")
         rows = [index[_EMBEDDING]] if _EMBEDDING in index else []
-        table, state = with_states(by_own_names(with_rows(model, rows))), state_in(folder, common, _objects(known, folder))
+        table, state = with_states(by_own_names(with_rows(model, rows))), state_in(folder, common, _parsed(known, folder, _objects))
     halves = any(one.dtype != torch.float32 for key, one in index.items() if not key.startswith("optimizer."))
     keys = {one.tensor.name: key_of(one.tensor, model) for one in table}
     if state is not None:
@@ -154,7 +155,7 @@ def open_source(folder: Path, model: Model, states: bool = False) -> Source:
 
 def read_index(folder: Path) -> dict[str, Chunks]:
     """Every tensor of `.metadata`, with its chunks' places."""
-    return _tensors_of(_known(folder), folder)
+    return _parsed(_known(folder), folder, _tensors)
 
 
 def _known(folder: Path) -> Any:
@@ -165,21 +166,23 @@ def _known(folder: Path) -> Any:
         return pickled.Unpickler(file, _ALLOWED, path).read()
 
 
-def _objects(known: Any, folder: Path) -> dict[str, tuple[Path, int, int]]:
+def _objects(known: Mapping[str, Any], folder: Path, path: Path) -> dict[str, tuple[Path, int, int]]:
     """The places of what is no tensor, by key: file, offset, length."""
-    tensors = known.state["state_dict_metadata"]
-    places = {index.state["fqn"]: info.state for index, info in known.state["storage_data"].items()}
-    return {
-        key: (inside(folder, info["relative_path"], folder / ".metadata"), info["offset"], info["length"])
+    places = {index.state["fqn"]: info.state for index, info in known["storage_data"].items()}
+    found = {
+        key: (inside(folder, info["relative_path"], path), info["offset"], info["length"])
         for key, info in places.items()
-        if not isinstance(tensors.get(key), _Tensor)
+        if not isinstance(known["state_dict_metadata"].get(key), _Tensor)
     }
+    if wrong := [key for key, (file, offset, length) in found.items() if min(offset, length) < 0 or offset + length > file.stat().st_size]:
+        raise CheckpointError(f"{path} is damaged, or a file is cut off: {wrong[0]} lies outside it", _AGAIN)
+    return found
 
 
-def _tensors_of(known: Any, folder: Path) -> dict[str, Chunks]:
+def _parsed(known: Any, folder: Path, parse: Callable[[Any, Path, Path], Found]) -> Found:
     path = folder / ".metadata"
     try:
-        return _tensors(known.state, folder, path)
+        return parse(known.state, folder, path)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, CheckpointError):
             raise

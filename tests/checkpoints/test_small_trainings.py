@@ -109,6 +109,8 @@ def itself(content):
     (itself, "holds itself"),
     (lambda content: vars(content["args"]).update(deep=Namespace(deeper=SimpleNamespace(me=content["args"]))), "holds itself"),
     (lambda content: vars(content["args"]).update({7: 7}), "a setting whose name is none"),
+    (lambda content: content.update(rng_state=Namespace(a=1)), "its rng_state is none of random number generators"),
+    (lambda content: content.update(optimizer=3), "its optimizer has no param_groups"),
     (lambda content: content.update(rng_state=[{"np_rng_state": torch.device("cpu")}]), "its rng_state is none of random number generators"),
     (lambda content: vars(content["args"]).update(large=torch.zeros(1).expand(10**6, 10**6)), "of more numbers than it has bytes for"),
     (lambda content: vars(content["args"]).update(large=torch.zeros(2 * 10**5).as_strided((10**5, 10**5), (1, 1))), "of more numbers than it has bytes for"),
