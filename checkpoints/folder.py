@@ -140,11 +140,14 @@ def commit(part: Path) -> Path:
     """Make a written checkpoint count: flush it to the disk, rename it, then move the tracker. Returns its folder."""
     flush(part)
     checkpoint = part.with_name(part.name.removesuffix(".part"))
-    if checkpoint.exists():  # the same iteration saved again, after a resume from an older one
-        shutil.rmtree(checkpoint)
+    before = None
+    if checkpoint.exists():  # the same iteration saved again; renamed, so that removing it takes no time in which none is there
+        before = checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.before.part"))
     part.rename(checkpoint)
     flush_one(checkpoint.parent)
     _track(checkpoint.parent / TRACKER, iteration_of(checkpoint))
+    if before:
+        shutil.rmtree(before)
     return checkpoint
 
 

@@ -12,7 +12,7 @@ import typer
 import launcher.workers
 from checkpoints.models.tensor import padded
 from checkpoints.recognise import checkpoint_in
-from launcher.errors import UserError
+from launcher.errors import UserError, raise_all
 from launcher.launch.dry_run import dry_run as show_launch
 from launcher.launch.slurm import submit
 from launcher.launch.torchrun import STOPPED, launch
@@ -84,7 +84,10 @@ def _export(recipe: Recipe) -> None:
     key, target = "checkpoint.export_hf", recipe.checkpoint.export_hf
     typer.echo(f"export     {target}", err=True)
     words = {"convert.source": str(final_checkpoint(recipe)), "convert.target": target, "convert.to": "hf"}
-    carry_out(load([], {name: (value, key) for name, value in words.items()}, default="", checked=True))
+    try:
+        carry_out(load([], {name: (value, key) for name, value in words.items()}, default="", checked=True))
+    except UserError as error:
+        raise_all([UserError(one.what, f"{key}={target}", one.fix.replace("convert.target", key)) for one in error.each])
 
 
 def plan(recipe: Recipe) -> str:
@@ -156,9 +159,10 @@ def _say_what_is_there(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def _complete(folder: RunFolder, recipe: Recipe) -> bool:
-    """Is the newest checkpoint the last one? Unknown (with a batch size ramp) counts as yes, and so does an early stop."""
-    if folder.finished.is_file():
-        return True
+    """Is the newest checkpoint the last one? Unknown (with a batch size ramp) counts as yes, and so does an early stop. Of rows
+    the last weights must be judged, too: they may be the best."""
+    if folder.finished.is_file() or recipe.data.train is not None:
+        return folder.finished.is_file()
     iteration, last = folder.latest_iteration(), recipe.derived.train_iters
     return iteration is not None and (last is None or iteration >= last)
 

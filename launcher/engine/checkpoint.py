@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def save(recipe: Recipe, state: TrainState, folder: Path, tokenizer: Path, best:
     """Write the state into `folder` (a run's `checkpoints/`); whole or not at all. Every rank calls it. `best`: it is kept as the
     best one, until the next is.
 
-    `tokenizer` is the run's own copy of the tokenizer's files, beside which those of `copy_model_files` are. Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
+    `tokenizer` is the run's own copy of the tokenizer's files, beside which those of `keep_files` are. Returns the checkpoint: weights, optimizer, schedule, random numbers, data position, recipe and tokenizer.
     """
     if recipe.parallel.overlap_param_gather:
         for chunk in state.chunks:  # the last step's weights are still shared out; the next forward pass would gather them
@@ -133,32 +134,46 @@ def same_layout(recipe: Recipe, checkpoint: Path) -> bool:
         return False
     saved = _saved_recipe(checkpoint)
     if saved is None:
-        return True
+        here = (recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size)
+        return foreign.grid(checkpoint) == here
     keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     same = all(getattr(saved.parallel, key) == getattr(recipe.parallel, key) for key in keys)
     return same and saved.derived.device == recipe.derived.device
 
 
-def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Copy the tokenizer's files, so that run and checkpoints can be used when the originals have moved."""
-    if folder.is_dir():
+def keep_files(recipe: Recipe, run: Path) -> None:
+    """Copy what a run's checkpoints take along, so that they can be used when the originals have moved: the tokenizer's files
+    into `tokenizer/`, and into `hf_config/` the config.json that the weights came with, and what else describes the model at
+    Hugging Face, for the way back. Both anew at each start, until there is a checkpoint of the run's own."""
+    begun = folders.has_checkpoints(run / "checkpoints")
+    if not (begun and (run / "tokenizer").is_dir()):
+        copy_tokenizer(recipe, run / "tokenizer")
+    if begun:
         return
-    folder.mkdir(parents=True)
-    tokenizer = tokenizer_of(recipe.tokenizer)
-    for path in (*tokenizer.files.values(), *tokenizer.companions):
-        shutil.copy2(path, folder / Path(path).name)
-
-
-def copy_model_files(recipe: Recipe, folder: Path) -> None:
-    """Keep the config.json that the weights came with, and what else describes the model at Hugging Face, for the way back."""
-    if folder.is_dir() or recipe.checkpoint.load is None:
+    shutil.rmtree(run / "hf_config", ignore_errors=True)
+    if recipe.checkpoint.load is None:
         return
     start = checkpoint_in(Path(recipe.checkpoint.load))
     place = start / "hf" if (start / "hf").is_dir() else start
     if (place / "config.json").is_file() and published.describes(place, model_of(recipe)):
-        folder.mkdir()
-        for path in published.model_files(place):
-            shutil.copy2(path, folder / path.name)
+        _copy(published.model_files(place), run / "hf_config")
+
+
+def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Make `folder` a copy of the tokenizer's files."""
+    tokenizer = tokenizer_of(recipe.tokenizer)
+    _copy([*map(Path, tokenizer.files.values()), *tokenizer.companions], folder)
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    """Files as a folder that is whole or not there."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for path in files:
+        shutil.copy2(path, part / path.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 # ---- what is saved ---------------------------------------------------------------------------------------------------
@@ -244,6 +259,8 @@ def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: b
     read = _read_torch_dist if _is_torch_dist(checkpoint) else _read_torch
     try:
         loaded = read(recipe, state, checkpoint, with_optimizer, with_rng)
+        if not (checkpoint / "recipe.yaml").is_file():
+            foreign.expect_model(recipe, vars(loaded["args"]), checkpoint)
         if (kind := getattr(loaded["args"], "quantize", None)) != recipe.model.quantize:  # torch would have turned int8 into bf16
             raise CheckpointError(f"{checkpoint} has {kind or 'no quantized'} weights, and model.quantize is {recipe.model.quantize}")
         return loaded

@@ -5,6 +5,7 @@ shares of, one at a time, and fills its shares in place. Nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from checkpoints.convert import open_source
 from checkpoints.files.stored import NAMES
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Source
-from checkpoints.formats.torch_dist import key_of
+from checkpoints.formats.torch_dist import key_of, settings
+from checkpoints.models.model import FREE
 from checkpoints.models.tensor import Tensor, pad
 from checkpoints.parallel import all_finite
 from checkpoints.recognise import recognise
@@ -28,8 +30,10 @@ from launcher.engine.sharded import ShardedDataParallel
 from launcher.recipe.converted import model_of, own_recipe, source_fused
 from launcher.recipe.schema import Recipe
 
-# What the settings in a checkpoint say and the shapes of its tensors do not.
-_BY_NUMBERS = ("num_attention_heads", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling", "add_qkv_bias")
+# What the settings in a checkpoint say and the shapes of its tensors do not; these where there are rotary embeddings.
+_BY_NUMBERS = ("num_attention_heads", "kv_channels", "position_embedding_type", "norm_epsilon", "openai_gelu", "add_qkv_bias")
+_ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling")
+_OTHER = "another checkpoint, or the recipe of this one's model"
 
 
 def fill(recipe: Recipe, chunks: list, checkpoint: Path) -> Mapping[str, Any]:
@@ -47,7 +51,7 @@ def fill(recipe: Recipe, chunks: list, checkpoint: Path) -> Mapping[str, Any]:
         layer = share.global_offset[0] if share.prepend_axis_num else None
         places.setdefault((share.key, layer), []).append(share)
     if lacking := [key for key, _ in places if key not in {one for one, _ in tensors}]:
-        raise CheckpointError(f"{checkpoint} has nothing for {', '.join(sorted(set(lacking))[:8])} of the recipe's model")
+        raise CheckpointError(f"{checkpoint} has nothing for {', '.join(sorted(set(lacking))[:8])} of the recipe's model", _OTHER)
     with torch.no_grad():
         for place, tensor in tensors.items():
             if place in places:
@@ -64,15 +68,52 @@ def open_checkpoint(recipe: Recipe, checkpoint: Path) -> Source:
     found, asked = recognise(checkpoint), recipe.convert
     config = Path(asked.hf_config) if asked.hf_config else None
     own = own_recipe(found.path)
-    model = model_of(own) if own else None if beside(found, config).model else model_of(recipe)
+    said = None if own else beside(found, config).model
+    model = model_of(own) if own else None if said else model_of(recipe)
     source = open_source(found, model, None if model else asked.vocab_size, source_fused(asked), config)  # type: ignore[arg-type]
-    mine, theirs = vars(recipe.model), dict(source.training) if model and not own else {}
-    if wrong := [f"{key} {theirs[key]} there, {mine[key]} here" for key in _BY_NUMBERS if theirs.get(key) is not None and theirs[key] != mine[key]]:
-        raise CheckpointError(f"{checkpoint} is of another model: {', '.join(wrong)}", f"model.{wrong[0].split(' there')[0].replace(' ', '=', 1)}")
+    if said:
+        _expect(recipe, vars(replace(said, vocab_size=asked.vocab_size or said.vocab_size)), checkpoint)
+    elif not own:
+        expect_model(recipe, source.training, checkpoint)
     if source.model.quantize != recipe.model.quantize:
         kind = source.model.quantize or "no quantized"
-        raise CheckpointError(f"{checkpoint} has {kind} weights, and model.quantize is {recipe.model.quantize}")
+        raise CheckpointError(f"{checkpoint} has {kind} weights, and model.quantize is {recipe.model.quantize}", _OTHER)
     return source
+
+
+def expect_model(recipe: Recipe, settings: Mapping[str, Any], checkpoint: Path) -> None:
+    """What Megatron-LM's settings in a checkpoint say of its model is the recipe's.
+
+    Raises:
+        CheckpointError: naming every key that is another.
+    """
+    names = {"norm_epsilon": "layernorm_epsilon"}  # Megatron-LM's own name for it
+    said = {key: settings.get(key, settings.get(names.get(key, key))) for key in (*_BY_NUMBERS, *_ROTARY, "rope_scaling_factor")}
+    _expect(recipe, {key: value for key, value in said.items() if value is not None}, checkpoint)
+
+
+def _expect(recipe: Recipe, theirs: Mapping[str, Any], checkpoint: Path) -> None:
+    """Each of these numbers of a model is the recipe's, all but those of no meaning: of training alone, or of rotary embeddings
+    where there are none. With these, positions may be as many as the recipe says, which the check has told."""
+    mine = vars(recipe.model) | {"vocab_size": recipe.derived.vocab_size}
+    rope = "rope" in (mine["position_embedding_type"], theirs.get("position_embedding_type"))
+    free = {*FREE, "quantize", *(("max_position_embeddings",) if rope else _ROTARY)}
+    free |= set() if mine["use_rope_scaling"] or theirs.get("use_rope_scaling") else {"rope_scaling_factor"}
+    others = {key: value for key, value in theirs.items() if key in mine and key not in free and mine[key] != value}
+    if others:
+        listed = ", ".join(f"{key} {value} there, {mine[key]} here" for key, value in others.items())
+        fix = " ".join(f"{'tokenizer' if key == 'vocab_size' else 'model'}.{key}={value}" for key, value in others.items())
+        raise CheckpointError(f"{checkpoint} is of another model: {listed}", fix)
+
+
+def grid(checkpoint: Path) -> tuple[int, int] | None:
+    """TP and PP that saved a checkpoint of another tool's, where its files or its settings say it."""
+    found = recognise(checkpoint)
+    if found.format == "torch":
+        return found.tensor, found.pipeline
+    said = vars(settings(checkpoint)) if found.format == "torch_dist" else {}
+    tensor, pipeline = (said.get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline"))
+    return (tensor, pipeline) if tensor and pipeline else None
 
 
 def _shares(chunks: list) -> Iterator[ShardedTensor]:
@@ -96,7 +137,7 @@ def _fill(shares: list[ShardedTensor], tensor: Tensor, source: Source) -> None:
     for share in shares:
         shape = share.global_shape[share.prepend_axis_num :]
         if tuple(whole.shape) != tuple(shape):
-            raise CheckpointError(f"{source.path}: {tensor.name} is {list(whole.shape)}, and the recipe's model has {list(shape)}")
+            raise CheckpointError(f"{source.path}: {tensor.name} is {list(whole.shape)}, and the recipe's model has {list(shape)}", _OTHER)
         share.data.copy_(whole[share.global_slice()[share.prepend_axis_num :]])
         if not all_finite(share.data):
             most, kind = whole.abs().max().item(), NAMES[share.data.dtype]

@@ -31,11 +31,12 @@ class Pending:
 
 @dataclass
 class Best:
-    """The lowest validation loss so far, and how many evaluations in a row were not lower since."""
+    """The lowest validation loss so far, how many evaluations in a row were not lower since, and the step of the newest one."""
 
     loss: float | None = None
     iteration: int = 0
     worse: int = 0
+    judged: int = 0
 
 
 @dataclass
@@ -181,7 +182,7 @@ class Trainer:
         checkpoint on all ranks together, and where it is the best so far says so beside it."""
         self.recipe, self.state, self.stop, self.progress, self.save = recipe, state, stop, progress, save
         self.started = time.monotonic()
-        self.saved_at = state.iteration
+        self.saved_at: int | None = state.iteration
         self.window = Window()
         self.flops_per_token = flops_per_token(recipe)
         self.of_rows = recipe.data.train is not None
@@ -209,15 +210,17 @@ class Trainer:
             microbatches.update_num_microbatches(state.consumed_train_samples, consistency_check=True)
             self._step()
             every = recipe.checkpoint.save_interval
-            if every and state.iteration % every == 0:
+            if every and state.iteration % every == 0 and not self._complete():
                 self._save()
             reason = self._why_stop()
             if reason and not self._complete():
                 self._save()
                 return reason
-        if self.of_rows and state.iteration % recipe.training.eval_interval:  # the last weights may be the best
+        if self._unjudged():  # the last weights may be the best
             self._evaluate("final validation", self.has_valid, self.valid_batches)
         self._save()
+        if self._unjudged():
+            return self.stop.requested or "a signal to another rank"
         if self._stopped_early() and self.progress is not None:
             best, patience = state.best, recipe.training.early_stop_patience
             self.progress.note(f"early stop {patience} evaluations without a lower loss than {best.loss:.6f} of step {best.iteration}")
@@ -249,6 +252,10 @@ class Trainer:
     def _stopped_early(self) -> bool:
         patience = self.recipe.training.early_stop_patience
         return patience is not None and self.state.best.worse >= patience
+
+    def _unjudged(self) -> bool:
+        """Whether nobody knows if these weights are the best: their evaluation was stopped, or is still to come."""
+        return self.of_rows and self.has_valid and self.eval_iters > 0 and self.state.best.judged != self.state.iteration
 
     def _settle(self) -> None:
         """Move the window's losses into the state, as numbers, the same on every rank."""
@@ -304,10 +311,11 @@ class Trainer:
 
     def _judge(self, loss: float) -> None:
         state, best = self.state, self.state.best
+        self.saved_at = None  # a checkpoint of this step, of a start that was stopped, lacks the evaluation
         if best.loss is not None and not loss < best.loss:
-            best.worse += 1
+            best.worse, best.judged = best.worse + 1, state.iteration
             return
-        state.best = Best(loss, state.iteration)
+        state.best = Best(loss, state.iteration, judged=state.iteration)
         if self.recipe.checkpoint.keep_best:
             self._save(best=True)
 

@@ -11,6 +11,7 @@ from checkpoints.adapters import find_bases
 from checkpoints.beside import beside
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import checkpoint_in, recognise
+from launcher.recipe.check_checkpoint import another_model
 from launcher.recipe.problem import Case, Problem
 
 _EXAMPLE = '{"query": "What is a list?"}'
@@ -23,7 +24,10 @@ def checkpoint(case: Case) -> Iterator[Problem]:
     try:
         found = checkpoint_in(Path(case.recipe.generate.load))
         if not (found / "recipe.yaml").is_file():
-            beside(recognise(found))
+            config = case.recipe.convert.hf_config
+            said = beside(recognise(found), Path(config) if config else None)
+            if said.model is not None:
+                yield from another_model(case, said, "generate.load")
         find_bases(found)
     except CheckpointError as error:
         yield Problem(str(error), case.at("generate.load"), error.fix or "generate.load=RUN_OR_CHECKPOINT")

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.beside import beside
+from checkpoints.beside import Beside, beside
 from checkpoints.folder import CheckpointError, has_checkpoints, holds_weights_alone
 from checkpoints.models import published
 from checkpoints.models.model import FREE, Model
 from checkpoints.recognise import Found, checkpoint_in, recognise
+from launcher.recipe.converted import same_tokenizer, tokenizer_beside
 from launcher.recipe.check_run import existing, gib, writable
 from launcher.recipe.frozen import read_frozen
 from launcher.recipe.problem import Case, Problem
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, Tokenizer
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
 from launcher.recipe.size import parameters
 from launcher.run.changes import changed_keys, changed_model, refusals
-from launcher.run.export import is_exported
+from launcher.run.export import is_exported, trains_on
 
 
 def load(case: Case) -> Iterator[Problem]:
@@ -43,7 +44,7 @@ def load(case: Case) -> Iterator[Problem]:
         yield Problem(what, f"{checkpoint}/recipe.yaml", "another version of yuan may have written it; take another checkpoint")
         return
     yield from _fits(case, saved, checkpoint)
-    yield from _tokenizer(case, saved, checkpoint)
+    yield from _other_tokenizer(case, with_copies(saved.tokenizer, checkpoint / "tokenizer"), (), checkpoint)
 
 
 def _fits(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
@@ -76,17 +77,26 @@ def _foreign(case: Case, checkpoint: Path) -> Iterator[Problem]:
         yield from _ranks(case, found)
     if said.model is None:
         return
+    yield from another_model(case, said, "checkpoint.load")
+    if said.model.quantize:
+        yield Problem(f"{found.path} has weights in {said.model.quantize}, which are for answers alone", case.at("checkpoint.load"), "the weights before")
+    theirs, why = tokenizer_beside(said.companions, said.model, found.path)
+    ids_alone = why or case.recipe.tokenizer.type == "NullTokenizer"
+    other = [] if ids_alone else list(_other_tokenizer(case, theirs, said.companions, found.path))
+    yield from other
+    yield from _ids(case, said.model.vocab_size, said.where, bool(other))
+
+
+def another_model(case: Case, said: Beside, key: str) -> Iterator[Problem]:
+    """What lies beside another tool's weights, named by `key`, says the recipe's model."""
     theirs, mine = vars(said.model), vars(case.recipe.model)
     others = {key: theirs[key] for key in theirs if key in mine and key not in (*FREE, "quantize") and mine[key] != theirs[key]}
-    longer = {key: others.pop(key) for key in ("max_position_embeddings",) if key in others and said.model.position_embedding_type == "rope"}
+    longer = {key: others.pop(key) for key in ("max_position_embeddings",) if key in others and theirs["position_embedding_type"] == "rope"}
     for values, severity, more in ((others, "error", ""), (longer, "warning", ", or leave it if the change is meant")):
         if values:
             listed = "".join(f"\n    model.{key}: {_word(value)} there, {_word(mine[key])} here" for key, value in values.items())
             fix = " ".join(f"model.{key}={_word(value)}" for key, value in values.items()) + more
-            yield Problem(f"{said.where} is of another model:{listed}", case.at("checkpoint.load"), fix, severity, by_itself=True)  # type: ignore[arg-type]
-    if said.model.quantize:
-        yield Problem(f"{found.path} has weights in {said.model.quantize}, which are for answers alone", case.at("checkpoint.load"), "the weights before")
-    yield from _ids(case, said.model.vocab_size, said.where)
+            yield Problem(f"{said.where} is of another model:{listed}", case.at(key), fix, severity, by_itself=True)  # type: ignore[arg-type]
 
 
 def _ranks(case: Case, found: Found) -> Iterator[Problem]:
@@ -100,12 +110,12 @@ def _ranks(case: Case, found: Found) -> Iterator[Problem]:
         )
 
 
-def _ids(case: Case, rows: int, where: str) -> Iterator[Problem]:
+def _ids(case: Case, rows: int, where: str, other: bool) -> Iterator[Problem]:
     """The tables have a row for each id of the text, and no id is lost on the way back."""
     ids, tokenizer = case.recipe.derived.vocab_size, case.recipe.tokenizer
     if ids is None or ids == rows:
         return
-    if tokenizer.type == "NullTokenizer" or ids < rows or case.given("tokenizer.vocab_size"):
+    if not other and (tokenizer.type == "NullTokenizer" or ids < rows or case.given("tokenizer.vocab_size")):
         fix = f"tokenizer.vocab_size={rows - 1 if tokenizer.type == 'NullTokenizer' else rows}"
     else:
         fix = "the tokenizer that the model was made with"
@@ -117,21 +127,23 @@ def _word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _tokenizer(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
+def _other_tokenizer(case: Case, settings: Tokenizer, beside: Sequence[Path], checkpoint: Path) -> Iterator[Problem]:
     """The ids of the text must be those that the weights were trained on; fine-tuning may bring more."""
     from data_tools.errors import TokenizerError
 
     try:
-        theirs, mine = tokenizer_of(with_copies(saved.tokenizer, checkpoint / "tokenizer")), tokenizer_of(case.recipe.tokenizer)
+        same = same_tokenizer(case.recipe.tokenizer, settings, beside)
+        theirs, mine = tokenizer_of(settings), tokenizer_of(case.recipe.tokenizer)
     except TokenizerError:
         return  # ours is reported by `tokenizer`; theirs is not needed
-    if theirs.hash() != mine.hash():
+    if not same:
         finetune = case.recipe.checkpoint.finetune
+        where = f"the files beside {checkpoint}" if beside else f"the tokenizer in {checkpoint}/tokenizer"
         yield Problem(
             f"{checkpoint} was trained with another tokenizer: a {theirs.type} of {theirs.vocab_size} ids, and this is a "
             f"{mine.type} of {mine.vocab_size}" + (", from other files" if theirs.vocab_size == mine.vocab_size else ""),
             case.at("checkpoint.load", "tokenizer.type"),
-            f"the tokenizer in {checkpoint}/tokenizer" + ("" if finetune else ", or checkpoint.finetune=true for a new vocabulary"),
+            where + ("" if finetune else ", or checkpoint.finetune=true for a new vocabulary"),
             "warning" if finetune else "error",
         )
 
@@ -139,10 +151,13 @@ def _tokenizer(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]
 def export(case: Case) -> Iterator[Problem]:
     """checkpoint.export_hf is free, on a disk with room, and Hugging Face has this kind of model: told before the training."""
     recipe, where = case.recipe, case.at("checkpoint.export_hf")
-    if recipe.checkpoint.export_hf is None or is_exported(recipe):
+    if recipe.checkpoint.export_hf is None or is_exported(recipe) and not trains_on(recipe):
         return
     target = Path(recipe.checkpoint.export_hf)
-    if target.is_file() or target.is_dir() and any(target.iterdir()):
+    run, real = Path(recipe.run.dir or "").resolve(), target.resolve()
+    if run.is_relative_to(real) or real.is_relative_to(run):
+        yield Problem(f"{target} is the run's own folder, or in it, or around it", where, "checkpoint.export_hf=A_FOLDER_OF_ITS_OWN")
+    elif target.is_file() or target.is_dir() and any(target.iterdir()):
         yield Problem(f"{target} is there already", where, "give another checkpoint.export_hf, or move that away")
     elif not writable(there := existing(target.parent)):
         yield Problem(f"{target} cannot be made: {there} cannot be written", where, "checkpoint.export_hf=A_FOLDER")

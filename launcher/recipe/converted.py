@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -143,6 +144,22 @@ def tokenizer_beside(companions: Sequence[Path], model: Model, folder: Path) -> 
     except TokenizerError as error:
         return Tokenizer(type="NullTokenizer", vocab_size=model.vocab_size - 1), str(error.what)
     return settings, ""
+
+
+def same_tokenizer(mine: Tokenizer, theirs: Tokenizer, beside: Sequence[Path]) -> bool:
+    """Whether two tokenizers give the same ids: they are equal, or mine is made of files that lie `beside` the weights, of which
+    theirs is one reading (a Llama's tokenizer.model beside its tokenizer.json).
+
+    Raises:
+        data_tools.errors.TokenizerError: one cannot be built.
+    """
+    built = tokenizer_of(mine)
+    if built.hash() == tokenizer_of(theirs).hash():
+        return True
+    there = {path.name: path for path in beside}
+    return bool(built.files) and all(
+        (one := there.get(Path(path).name)) is not None and filecmp.cmp(path, one, shallow=False) for path in built.files.values()
+    )
 
 
 def _named(companions: Sequence[Path], model: Model, folder: Path) -> Tokenizer:

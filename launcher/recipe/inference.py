@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoints.beside import beside
@@ -24,6 +25,8 @@ STAGE_KEYS = (
 LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", *STAGE_KEYS, "distributed_timeout_minutes")
 FREE_GROUPS = ("generate", "launch")
 FREE_KEYS = {"training.precision", "tokenizer.chat_template", *(f"parallel.{key}" for key in LAYOUT_KEYS)}
+# What another tool's files may not say.
+_UNSAID = {"convert.hf_config", "convert.vocab_size", "convert.source_fused_layout"}
 FROM_CHECKPOINT = "the checkpoint"
 
 
@@ -73,7 +76,7 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
         UserError: the checkpoint cannot be read, or something was given that is fixed by the checkpoint.
     """
     base, asked = _trained_with(loaded, checkpoint), loaded.recipe
-    taken = _taken(loaded, base is asked)
+    taken = _taken(loaded, base is asked, FREE_KEYS if (checkpoint / "recipe.yaml").is_file() else FREE_KEYS | _UNSAID)
     sources = dict.fromkeys(loaded.sources, FROM_CHECKPOINT)
     sources |= {key: source for key, source in loaded.sources.items() if key in taken or key.startswith("generate.")}
     trained, rows = base.parallel, base.derived.padded_vocab_size
@@ -114,19 +117,21 @@ def _described(checkpoint: Path, loaded: Loaded) -> Recipe:
 
     config = loaded.recipe.convert.hf_config
     try:
-        said = beside(recognise(checkpoint), Path(config) if config else None)
+        found = recognise(checkpoint)
+        said = beside(found, Path(config) if config else None)
     except CheckpointError as error:
         raise UserError(str(error), f"generate.load ({checkpoint})", error.fix) from None
     if said.model is None:
         fix = "name the recipe that describes its model, recipe=NAME, or a folder with its config.json: convert.hf_config=FOLDER"
         raise UserError("the checkpoint holds no recipe of its own, and nothing beside it says what model it is", str(checkpoint), fix)
-    recipe = Recipe()
-    describe(recipe, said.model, tokenizer_beside(said.companions, said.model, checkpoint)[0], said.precision or "fp32")
-    recipe.derived.padded_vocab_size = padded_rows(said.model.vocab_size, recipe.model.make_vocab_size_divisible_by)
+    ids = loaded.recipe.convert.vocab_size if found.format in ("torch", "torch_dist") else None  # others say it
+    recipe, model = Recipe(), replace(said.model, vocab_size=ids or said.model.vocab_size)
+    describe(recipe, model, tokenizer_beside(said.companions, model, checkpoint)[0], said.precision or "fp32")
+    recipe.derived.padded_vocab_size = padded_rows(model.vocab_size, recipe.model.make_vocab_size_divisible_by)
     return recipe
 
 
-def _taken(loaded: Loaded, described: bool) -> list[str]:
+def _taken(loaded: Loaded, described: bool, free_keys: set[str]) -> list[str]:
     """The keys whose values come from the command line or a recipe for generation.
 
     Of a recipe that trains a model only `generate.*` is taken: the checkpoint knows what it was really trained with. One
@@ -136,7 +141,7 @@ def _taken(loaded: Loaded, described: bool) -> list[str]:
     words = {key for key, source in given.items() if typed(source)}
     trains = describes_model(loaded) and ("generate.load" not in given or "generate.load" in words)
     wanted = words if trains else set(given)
-    free = {key for key in wanted if key.split(".")[0] in FREE_GROUPS or key in FREE_KEYS}
+    free = {key for key in wanted if key.split(".")[0] in FREE_GROUPS or key in free_keys}
     faults = []
     for key in sorted(wanted - free):
         if key.startswith("parallel."):

@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints.beside import beside
 from checkpoints.folder import CheckpointError, has_checkpoints, newest_checkpoint
-from checkpoints.models.model import Model
+from checkpoints.models.model import FREE, Model
 from checkpoints.recognise import checkpoint_in, recognise
 from launcher.errors import UserError
 from launcher.recipe import schema
@@ -28,17 +28,21 @@ class Start:
         tokenizer: its settings, chat template and number of ids included.
         where: the file that says it.
         ours: it is a checkpoint with a recipe.
+        ids: of another tool's, rows of its vocabulary's tables that are no padding.
+        companions: of another tool's, the files beside the weights.
     """
 
     model: dict[str, Any]
     tokenizer: schema.Tokenizer
     where: str
     ours: bool
+    ids: int = 0
+    companions: tuple[Path, ...] = ()
 
 
 def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None) -> Start | None:
     """What a checkpoint's folder says, or `hf_config` where it has no config.json; None where the weights' files alone may say
-    it. A run that `resumes` names its tokenizer as before, another one the copies in the checkpoint.
+    it. A run that `resumes` names its tokenizer as before, or its copies where that is gone, another one those in the checkpoint.
 
     Raises:
         CheckpointError, UserError: what it says cannot be read.
@@ -47,7 +51,9 @@ def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None) -> Start |
     from launcher.recipe.tokenizer import with_copies
 
     if own := own_recipe(checkpoint):
-        tokenizer = own.tokenizer if resumes else with_copies(own.tokenizer, checkpoint / "tokenizer")
+        tokenizer = with_copies(own.tokenizer, checkpoint / "tokenizer")
+        if resumes:  # the run's copies stay where they are; its older checkpoints may go
+            tokenizer = with_copies(tokenizer, checkpoint.parents[1] / "tokenizer") if _gone(own.tokenizer) else own.tokenizer
         return Start(vars(own.model), tokenizer, str(checkpoint / "recipe.yaml"), True)
     found = recognise(checkpoint)
     said = beside(found, hf_config)
@@ -56,7 +62,12 @@ def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None) -> Start |
     tokenizer, why = tokenizer_beside(said.companions, said.model, found.path)
     if not why:
         tokenizer.vocab_size = said.model.vocab_size
-    return Start(model_keys(said.model), tokenizer, said.where, False)
+    return Start(model_keys(said.model), tokenizer, said.where, False, said.model.vocab_size, said.companions)
+
+
+def _gone(tokenizer: schema.Tokenizer) -> bool:
+    files = (tokenizer.tokenizer_model, tokenizer.vocab_file, tokenizer.merge_file)
+    return any(path and not Path(path).exists() for path in files)
 
 
 def model_keys(model: Model) -> dict[str, Any]:
@@ -86,13 +97,26 @@ def take(recipe: Recipe, sources: dict[str, str], name: str) -> None:
                 sources[key] = start.where
 
     given = {key for key, source in sources.items() if source != "default"}
-    if not given.intersection(SIZES):
+    if given.intersection(SIZES):
+        fill("model", {key: start.model[key] for key in FREE})
+    else:
         fill("model", start.model, free=("model.quantize",))  # int8 weights are for answers alone, which `check` says
     if not any(key.startswith("tokenizer.") and key not in _USES for key in given):
         if recipe.data.train is None or start.tokenizer.type != "NullTokenizer":  # which takes no text, but ids
             fill("tokenizer", vars(start.tokenizer))
-    elif recipe.tokenizer.type != "NullTokenizer" and not start.ours:  # the tables may have more rows than the tokenizer has ids
-        fill("tokenizer", {"vocab_size": start.tokenizer.vocab_size})
+    elif recipe.tokenizer.type != "NullTokenizer" and not start.ours and _is_theirs(recipe, start):
+        fill("tokenizer", {"vocab_size": start.ids})  # the tables may have more rows than the tokenizer has ids
+
+
+def _is_theirs(recipe: Recipe, start: Start) -> bool:
+    """Whether the recipe's tokenizer may be the one that the weights were made with."""
+    from data_tools.errors import TokenizerError
+    from launcher.recipe.converted import same_tokenizer
+
+    try:
+        return start.tokenizer.type == "NullTokenizer" or same_tokenizer(recipe.tokenizer, start.tokenizer, start.companions)
+    except TokenizerError:
+        return False  # told by `check`
 
 
 def _checkpoint(recipe: Recipe, name: str) -> tuple[Path, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints.folder import CheckpointError, best_checkpoint, manifest
+from launcher.recipe.converted import own_recipe
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
 
@@ -13,6 +14,18 @@ def final_checkpoint(recipe: Recipe) -> Path | None:
     """What a finished run has come to: its best checkpoint where it keeps that, else its newest; None where nothing was saved."""
     run = RunFolder(recipe.run.dir)
     return (best_checkpoint(run.checkpoints) if recipe.checkpoint.keep_best else None) or run.newest_checkpoint()
+
+
+def trains_on(recipe: Recipe) -> bool:
+    """Whether a start now would go past the step that the run has come to; unknown, as with a batch that grows, counts as no."""
+    run = RunFolder(recipe.run.dir)
+    done, last = run.latest_iteration(), recipe.derived.train_iters
+    if done is None or last is None or done >= last:
+        return False
+    if not run.finished.is_file():
+        return True
+    before = own_recipe(run.path)  # an early stop is the end, until the recipe is another
+    return before is None or (before.derived.train_iters, before.training.early_stop_patience) != (last, recipe.training.early_stop_patience)
 
 
 def is_exported(recipe: Recipe) -> bool:

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from checkpoints.folder import TRACKER, CheckpointError, has_checkpoints, iteration_of, newest_checkpoint, whole_checkpoints
+from data_tools.errors import TokenizerError
 from launcher.errors import UserError, raise_all
 from launcher.recipe.frozen import read_frozen, write_frozen
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, Tokenizer
+from launcher.recipe.tokenizer import tokenizer_of, with_copies
 from launcher.run.changes import Change, classify
+
+_TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
 class UnreadableRecipe(UserError):
@@ -87,6 +91,9 @@ class RunFolder:
         if not self.recipe.exists():
             return []
         old, newest = _read(self.recipe), self.newest_checkpoint()
+        if _same_files(with_copies(old.tokenizer, self.path / "tokenizer"), recipe.tokenizer):
+            for key in _TOKENIZER_FILES:
+                setattr(old.tokenizer, key, getattr(recipe.tokenizer, key))
         own = newest and newest / "recipe.yaml"
         return classify(old, recipe, _read(own) if own and own.is_file() else old if newest else None)
 
@@ -95,6 +102,17 @@ class RunFolder:
         if self._lock:
             self._lock.release()
             self._lock = None
+
+
+def _same_files(before: Tokenizer, after: Tokenizer) -> bool:
+    """Whether a tokenizer's files are equal, under other paths."""
+    pairs = [(getattr(before, key), getattr(after, key)) for key in _TOKENIZER_FILES]
+    if before.type != after.type or all(one == other for one, other in pairs):
+        return False
+    try:
+        return tokenizer_of(before).hash() == tokenizer_of(after).hash()
+    except TokenizerError:
+        return False
 
 
 def open_run(recipe: Recipe, sources: dict[str, str], command: list[str], accept_changes: bool = False) -> RunFolder:

@@ -27,8 +27,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
 
     first = torch.distributed.get_rank() == 0
     if first:
-        checkpoint.copy_tokenizer(recipe, folder.path / "tokenizer")
-        checkpoint.copy_model_files(recipe, folder.path / "hf_config")
+        checkpoint.keep_files(recipe, folder.path)
     state = build(recipe)
     source = start(recipe, state, folder)
     progress = None
@@ -70,7 +69,8 @@ def start(recipe: Recipe, state, folder: RunFolder) -> str:
     try:
         checkpoint.load(recipe, state, whole, resume)
     except CheckpointError as error:
-        fix = "a damaged one: write the number of an older one into latest_checkpointed_iteration.txt"
+        older = "a damaged one: write the number of an older one into latest_checkpointed_iteration.txt"
+        fix = older if resume else "checkpoint.load=ANOTHER; `yuan inspect` tells what is in this one"
         raise UserError(str(error), str(whole), error.fix or fix) from error
     beside = f", beside {state.adapters.base}" if resume and state.adapters else ""
     return f"{whole}, step {state.iteration}{beside}"
