@@ -177,13 +177,14 @@ def _write(part: Part, target: Target, make: Callable[[], Copying], workers: int
     flush(part.path)
     share = _share(target, sizes, part.shard)
     progress("kept", sum(sizes[name] for names in share for name in names if name in done))
-    with part.journal(target.files.paths()) as journal:
-        groups = spread(make, [names for names in share if any(name not in done for name in names)], workers)
-        with closing(groups):  # workers that write stop before anything is removed
-            for group in groups:
-                for one in group:
-                    journal.note(asdict(one))
-                    progress("writing", sizes[one.name] if one.name not in done else 0)
+    journal = part.journal(target.files.paths())
+    groups = spread(make, [names for names in share if any(name not in done for name in names)], workers)
+    with closing(groups):  # workers that write stop before anything is removed
+        for group in groups:
+            for one in group:
+                journal.note(asdict(one))
+                progress("writing", sizes[one.name] if one.name not in done else 0)
+    journal.flush()  # while it is read back
 
 
 def _share(target: Target, sizes: Mapping[str, int], shard: Shard) -> list[tuple[str, ...]]:

@@ -23,21 +23,25 @@ class Journal:
         self._file.seek(0)
         self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line that was cut off is none
         self._files, self._lines = tuple(files), []
+        self.noted: list[dict[str, Any]] = []  # all of its own, on the disk or not yet
         self._beside, self._since = ThreadPoolExecutor(1), time.monotonic()
         self._syncing: Future[None] = self._beside.submit(self._sync, [])
 
     def note(self, line: Mapping[str, Any]) -> None:
         """A tensor is written."""
         self._lines.append(json.dumps(line) + "\n")
+        self.noted.append(json.loads(self._lines[-1]))
         if self._syncing.done() and time.monotonic() - self._since >= SYNC_SECONDS:
-            self._next()
+            self.flush()
 
-    def _next(self) -> None:
-        self._syncing.result()  # raises what went wrong
+    def flush(self) -> None:
+        """Have all that is written flushed to the disk, and noted; it is when `close` returns."""
         lines, self._lines, self._since = self._lines, [], time.monotonic()
-        self._syncing = self._beside.submit(self._sync, lines)
+        self._syncing = self._beside.submit(self._sync, lines, self._syncing)
 
-    def _sync(self, lines: list[str]) -> None:
+    def _sync(self, lines: list[str], before: Future[None] | None = None) -> None:
+        if before:
+            before.result()  # raises what went wrong
         for path in self._files if lines else ():
             flush_one(path)
         self._file.write("".join(lines).encode())
@@ -47,7 +51,7 @@ class Journal:
     def close(self) -> None:
         """Note the last."""
         try:
-            self._next()
+            self.flush()
             self._syncing.result()
         finally:
             self._beside.shutdown()

@@ -62,16 +62,18 @@ class Part:
         self.path = folder.with_name(folder.name + ".part")
         self.checkpoint = self.path / "checkpoint"
         self._lock = folder.with_name(folder.name + ".lock")
+        self._journal: Journal | None = None
 
     def written(self) -> dict[str, dict[str, Any]]:
-        """What is on the disk already, by tensor, of all shares.
+        """What is written already, by tensor, of all shares; but for what this process wrote last it is on the disk.
 
         Raises:
             CheckpointError: two shares say otherwise of one tensor.
         """
         found: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.path.glob(f"{_WRITTEN}*")):
-            for one in noted(path):
+        own = self._journal.noted if self._journal else []
+        for lines in (own, *map(noted, sorted(self.path.glob(f"{_WRITTEN}*")))):
+            for one in lines:
                 if found.setdefault(one["name"], one) != one:
                     raise CheckpointError(
                         f"{one['name']} was read in two ways by two shares of this conversion",
@@ -88,13 +90,15 @@ class Part:
         paths = sorted(path for path in self.path.glob(f"{_WRITTEN}*") if path != self._noted and any(noted(path)))
         return [path.name.removeprefix(_WRITTEN).replace("-of-", "/") for path in paths]
 
-    @contextmanager
-    def journal(self, files: Iterable[Path]) -> Iterator[Journal]:
-        """Where the tensors are noted that are in `files`."""
-        journal = Journal(self._noted, files)
-        try:
-            yield journal
-        finally:
+    def journal(self, files: Iterable[Path]) -> Journal:
+        """Where the tensors are noted that are in `files`, until `settle`."""
+        self._journal = Journal(self._noted, files)
+        return self._journal
+
+    def settle(self) -> None:
+        """What the journal noted is on the disk."""
+        journal, self._journal = self._journal, None
+        if journal:
             journal.close()
 
     def tidy(self, kept: Collection[Path]) -> None:
@@ -162,7 +166,10 @@ class Part:
                     )
                 self._begin(plan, tell)
                 with self.kept_if_stopped():
-                    yield
+                    try:
+                        yield
+                    finally:
+                        self.settle()
             return
         with self.alone(_WAIT_SECONDS):
             try:
@@ -182,7 +189,10 @@ class Part:
         try:
             yield
         finally:
-            lock.release()
+            try:
+                self.settle()
+            finally:
+                lock.release()
 
     @contextmanager
     def kept_if_stopped(self) -> Iterator[None]:
@@ -201,6 +211,7 @@ class Part:
 
     def forget(self, names: Collection[str] | None = None) -> None:
         """These tensors are not written; by default none is, whoever wrote it."""
+        self.settle()
         for path in self.path.glob(f"{_WRITTEN}*"):
             kept = "" if names is None else "".join(json.dumps(one) + "\n" for one in noted(path) if one["name"] not in names)
             if not kept:
@@ -213,6 +224,7 @@ class Part:
 
     def forget_own(self) -> None:
         """Nothing of this share is written."""
+        self.settle()
         self._noted.unlink(missing_ok=True)
 
     def _remove(self) -> None:
@@ -248,6 +260,7 @@ class Part:
 
     def commit(self) -> None:
         """Give it its name, when all of it is on the disk."""
+        self.settle()
         flush(self.checkpoint)
         try:
             self.checkpoint.rename(self.folder)
