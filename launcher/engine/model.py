@@ -18,6 +18,7 @@ from launcher.engine.lora import adapt
 from launcher.engine.sharded import ShardedDataParallel
 from launcher.recipe.parts import transformer_engine_ruled_out
 from launcher.recipe.schema import Recipe
+from launcher.recipe.size import loss_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,8 +108,8 @@ def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool
             kind, layer = yuan2.Yuan2Model, yuan2.layer_spec(layer)
             more = {"rotary_by_position": recipe.data.reset_position_ids, "rotary_bf16": model.rotary_bf16}
         spec = block_spec(config, vp_stage, layer)
-    if recipe.data.train is not None:  # the weights come from elsewhere, often without padding: what pads them must not be learnt
-        more["loss_ids"] = recipe.derived.vocab_size
+    if (ids := loss_ids(recipe)) is not None:
+        more["loss_ids"] = ids
     return kind(
         config,
         spec,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from launcher.engine.model import transformer_engine
-from launcher.recipe.estimate.activations import fused_attention, tokens
+from launcher.recipe.estimate.activations import fused_attention
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import LOGIT_ROWS
+from launcher.recipe.size import LOGIT_ROWS, whole_logits
 
 
 def parts(recipe: Recipe, optimizer: object | None = None) -> str:
@@ -32,10 +32,7 @@ def _norm(recipe: Recipe) -> str:
 
 
 def _loss(recipe: Recipe) -> str:
-    device = recipe.derived.device
-    if device == "cuda" and tokens(recipe) <= LOGIT_ROWS[device] and recipe.data.train is None:
-        return "megatron-core"
-    return f"chunks of {LOGIT_ROWS[device]} tokens"
+    return "megatron-core" if whole_logits(recipe) else f"chunks of {LOGIT_ROWS[recipe.derived.device]} tokens"
 
 
 def _adam(optimizer) -> str:

@@ -11,6 +11,18 @@ from launcher.recipe.schema import Recipe
 LOGIT_ROWS = {"cpu": 512, "cuda": 4096}
 
 
+def loss_ids(recipe: Recipe) -> int | None:
+    """How many ids the softmax of the loss runs over; None: all rows, those that pad the vocabulary too, as in Megatron-LM.
+    Weights from elsewhere often had no padding, or it is frozen: then it has no share."""
+    return recipe.derived.vocab_size if recipe.data.train is not None or recipe.lora.rank else None
+
+
+def whole_logits(recipe: Recipe) -> bool:
+    """Whether megatron-core's loss takes the logits of a micro-batch whole, as a GPU has room for; else chunk by chunk."""
+    tokens = recipe.training.micro_batch_size * recipe.training.seq_length
+    return recipe.derived.device == "cuda" and tokens <= LOGIT_ROWS["cuda"] and loss_ids(recipe) is None
+
+
 class Widths(NamedTuple):
     """Columns of a layer's activations, over all tensor-parallel ranks."""
 

@@ -1,7 +1,7 @@
 """Speed of a training step on this machine's CPU: yuan beside megatron-core's local spec and transformers' GPT-2.
 
-Contestants take turns, each in a process of its own with the environment that `yuan pretrain` gives a rank, and all
-without dropout. Around every step the machine's GEMM peak is taken again by torch.mm of the model's own shapes, forward
+Contestants take turns, each in a process of its own, all without dropout: yuan's with the environment that `yuan pretrain` gives
+a rank, the others' with as many threads and what they set themselves, or with the same one (environment=yuan). Around every step the machine's GEMM peak is taken again by torch.mm of the model's own shapes, forward
 and backward; a step is told as its share of that peak, so that what else the machine does weighs on both alike. CPU
 seconds are told as well: they do not count the time in which others had the cores.
 
@@ -9,7 +9,7 @@ seconds are told as well: they do not count the time in which others had the cor
     python -m tests.benchmarks.train 345m                      24 layers x 1,024, sequences of 1,024
     python -m tests.benchmarks.train layouts                   two processes against one with two threads
     python -m tests.benchmarks.train loop                      what the loop around a step costs
-    python -m tests.benchmarks.train small key=value ...       with other values, and rounds=N
+    python -m tests.benchmarks.train small key=value ...       with other values, rounds=N, environment=yuan
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ LAYOUTS = {
 }
 CONTESTANTS = ("yuan", "megatron-core's local spec", "transformers' GPT-2")
 STEPS, WARM_UP = 3, 1  # in each turn
+SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE", "MKL_DYNAMIC")  # of yuan's environment
 
 
 def words_of(shape: str, more: list[str]) -> list[str]:
     return [*COMMON.split(), *shape.split(), *more]
 
 
-def turn(contestant: str, words: list[str]) -> list[dict]:
+def turn(contestant: str, words: list[str], same_environment: bool = False) -> list[dict]:
     """One turn of a contestant: for each step of its first rank the seconds, CPU seconds and seconds in communication,
     and the peak's GFLOP/s before and after it, by both clocks."""
+    left_out = () if contestant == CONTESTANTS[0] or same_environment else tuple(name for name in SETTINGS if name not in os.environ)
     recipe = load(words).recipe
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,7 +65,7 @@ def turn(contestant: str, words: list[str]) -> list[dict]:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.train", "--rank", contestant, *words],
-            env=environment(recipe, rank, machine),
+            env={name: value for name, value in environment(recipe, rank, machine).items() if name not in left_out},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -224,7 +226,7 @@ def random_batches(recipe: Recipe) -> Iterator[dict]:
         yield batch
 
 
-def compare(shape: str, more: list[str], rounds: int) -> None:
+def compare(shape: str, more: list[str], rounds: int, same_environment: bool) -> None:
     """All contestants at one shape, `rounds` turns each."""
     words = words_of(SHAPES[shape], more)
     recipe = load(words).recipe
@@ -237,7 +239,7 @@ def compare(shape: str, more: list[str], rounds: int) -> None:
     steps: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
     for _ in range(rounds):
         for name, found in steps.items():
-            found += turn(name, words)
+            found += turn(name, words, same_environment)
             print(f"  a turn of {name}: {found[-1]}", file=sys.stderr, flush=True)
     work = tokens * flops_per_token(recipe) / 1e9
     print(f"  {'':<28} {'tokens/s':>9} {'seconds':>8} {'CPU s':>7}   GEMM peak, GFLOP/s: share of it (by CPU seconds)")
@@ -278,7 +280,8 @@ def layouts(more: list[str], rounds: int) -> None:
 
 
 def main(words: list[str]) -> None:
-    what, more = words[0], [word for word in words[1:] if not word.startswith("rounds=")]
+    same = "environment=yuan" in words
+    what, more = words[0], [word for word in words[1:] if not word.startswith(("rounds=", "environment="))]
     rounds = next((int(word[7:]) for word in words if word.startswith("rounds=")), 3)
     if what == "layouts":
         layouts(more, rounds)
@@ -287,7 +290,7 @@ def main(words: list[str]) -> None:
 
         loop(more)
     else:
-        compare(what, more, rounds)
+        compare(what, more, rounds, same)
 
 
 if __name__ == "__main__":

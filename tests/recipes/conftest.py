@@ -24,6 +24,7 @@ def stand_in(tmp_path, monkeypatch, sentencepiece):
     """stand_in(loaded) makes what a recipe names, in the current folder, which is a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YUAN_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 50})())  # of the machine that it is meant for
 
     def make(loaded: Loaded) -> None:
         r = loaded.recipe

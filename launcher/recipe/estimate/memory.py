@@ -17,13 +17,16 @@ from launcher.recipe.estimate import activations
 from launcher.recipe.estimate.activations import BYTES, STATISTIC, tokens
 from launcher.recipe.estimate.stages import Chunk, chunks, in_flight
 from launcher.recipe.schema import Recipe
-from launcher.recipe.size import LOGIT_ROWS, adapter_parameters, layer_parameters, norm, position_table, vocabulary_table, widths
+from launcher.recipe.size import LOGIT_ROWS, adapter_parameters, layer_parameters, norm, position_table, vocabulary_table, whole_logits, widths
 
 GIB = 2**30
 BAND = 0.10  # what the estimate may be off by, either way (tests/benchmarks/README.md)
 # Of a process without a model. CPU: resident after the imports, measured. GPU: the CUDA context, cuBLAS's workspace and
 # NCCL's buffers, which no allocator of torch counts.
 BASE = {"cpu": int(0.40 * GIB), "cuda": int(1.5 * GIB)}
+# glibc's heap of a CPU process, which keeps what is freed for the next step (launcher/launch/torchrun.py), has holes: so much, and
+# a share of what comes and goes, by ten cases that were measured; of little, 0.7.
+HOLES = int(0.35 * GIB), 0.2
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "base")
 
 
@@ -37,7 +40,7 @@ class Memory:
         optimizer: Adam's moments of that, and in 16 bits its fp32 weights.
         activations: of all micro-batches in flight.
         workspace: the logits and their loss, a layer's gradients, recomputed activations, a checkpoint's gathered state.
-        base: of a process without a model.
+        base: of a process without a model, and on a CPU the holes of its heap.
         saving: the fullest moment is that of writing a checkpoint.
     """
 
@@ -126,7 +129,14 @@ def _rank(recipe: Recipe, number: int, stage: list[Chunk], saves: bool) -> Memor
     there, workspace = (kept, full) if kept + full - late >= empty else (0, empty)
     gradients -= late if there else 0
     saving = not there and workspace == save > 0
-    return Memory(weights, gradients, optimizer, there, workspace + _always(recipe), BASE[recipe.derived.device], saving)
+    passing = max(kept + full, empty) + (count * (BYTES[recipe.training.precision] + 4) if sharded(recipe) else 0)  # gathered, summed
+    base = BASE[recipe.derived.device] + (_holes(passing) if recipe.derived.device == "cpu" else 0)
+    return Memory(weights, gradients, optimizer, there, workspace + _always(recipe), base, saving)
+
+
+def _holes(passing: int) -> int:
+    """Of the heap, by the bytes that come and go in a step or are gathered for a checkpoint."""
+    return min(int(0.7 * passing), HOLES[0] + int(HOLES[1] * passing))
 
 
 def _kept(recipe: Recipe, number: int, stage: list[Chunk]) -> int:
@@ -166,7 +176,7 @@ def _loss(recipe: Recipe, stage: list[Chunk]) -> int:
     rows, table = min(tokens(recipe), LOGIT_ROWS[device]), 0 if recipe.lora.rank else vocabulary_table(recipe) // tp
     logits = rows * recipe.derived.padded_vocab_size // tp
     stream = tokens(recipe) * recipe.model.hidden_size * size
-    if device == "cuda" and rows == tokens(recipe):  # whole, by megatron-core: then their gradient, and those of the output layer
+    if whole_logits(recipe):  # whole, by megatron-core: then their gradient, and those of the output layer
         return max(logits * (size + (STATISTIC if copy else 0)), logits * size + stream + table * size)
     return (logits + table) * (STATISTIC + copy) + stream
 

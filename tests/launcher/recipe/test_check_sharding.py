@@ -4,7 +4,7 @@ import pytest
 
 from launcher.recipe import load
 from launcher.recipe.check import check
-from launcher.recipe.estimate.memory import stage_memory
+from launcher.recipe.estimate.memory import BAND, stage_memory
 from launcher.recipe.problem import Problem
 
 BASE = """
@@ -51,7 +51,8 @@ def test_sound(problems, words):
     ("parallel.zero=3 training.precision=fp16", "loss scale", "training.precision=bf16, or parallel.zero=1"),
     ("parallel.zero=3 checkpoint.format=torch", "none holds a whole tensor", "checkpoint.format=torch_dist"),
     ("parallel.zero=3 lora.rank=4 checkpoint.load=nowhere", "of adapters", "parallel.zero=1, or lora.rank=null"),
-    (f"parallel.use_distributed_optimizer=true {HOLLOW}", "pipeline rank 1 and 2 would train nothing, and", "parallel.use_distributed_optimizer=false"),
+    (f"parallel.use_distributed_optimizer=true {HOLLOW}", "pipeline rank 1 and 2 would train nothing, and", "a layout with a t on each rank"),
+    (f"training.precision=bf16 {HOLLOW}", "pipeline rank 1 and 2 would train nothing, and", "a layout with a t on each rank"),
     (f"parallel.use_distributed_optimizer=true {OFFLOAD}", "this is a CPU", "optimizer.optimizer_cpu_offload=false"),
     (ACTIVATIONS, "this is a CPU", "parallel.cpu_offloading_num_layers=0"),
     (f"launch.device=cuda training.precision=bf16 {OFFLOAD}", "distributed optimizer", "parallel.use_distributed_optimizer=true"),
@@ -97,8 +98,8 @@ def test_a_stage_on_the_command_line_puts_a_recipes_distributed_optimizer_aside(
         assert load(["recipe=sharing", f"parallel.zero={zero}"]).recipe.parallel.use_distributed_optimizer == (zero == 1)
 
 
-# GiB of a process while it trains, measured on two ranks as tests/benchmarks/README.md says.
-MEASURED = {("gpt", 2): 2.20, ("gpt", 3): 1.88}
+# GiB of a process, measured on two ranks as tests/benchmarks/README.md says.
+MEASURED = {("gpt", 2): 3.05, ("gpt", 3): 2.78}
 
 
 @pytest.mark.parametrize(("name", "zero"), MEASURED)
@@ -106,4 +107,4 @@ def test_memory_is_what_was_measured(name, zero):
     from tests.benchmarks.memory import COMMON, FUSED, GPT, TWO
 
     recipe = load([*COMMON.split(), *GPT.split(), *FUSED.split(), *TWO.split(), f"parallel.zero={zero}"]).recipe
-    assert stage_memory(recipe)[0].total / 2**30 == pytest.approx(MEASURED[name, zero], rel=0.05)
+    assert stage_memory(recipe)[0].total / 2**30 == pytest.approx(MEASURED[name, zero], rel=BAND)
