@@ -17,15 +17,17 @@ def final_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def trains_on(recipe: Recipe) -> bool:
-    """Whether a start now would go past the step that the run has come to; unknown, as with a batch that grows, counts as no."""
+    """Whether a start now would go past the step that the run has come to. Unknown counts as no where the run is finished: an early
+    stop is the end until the recipe is another, and steps of rows are counted when these are prepared."""
     run = RunFolder(recipe.run.dir)
     done, last = run.latest_iteration(), recipe.derived.train_iters
-    if done is None or last is None or done >= last:
+    if done is None or last is not None and done >= last:
         return False
-    if not run.finished.is_file():
+    before = own_recipe(run.path) if run.finished.is_file() else None
+    if before is None:
         return True
-    before = own_recipe(run.path)  # an early stop is the end, until the recipe is another
-    return before is None or (before.derived.train_iters, before.training.early_stop_patience) != (last, recipe.training.early_stop_patience)
+    longer = last is not None and before.derived.train_iters not in (None, last)
+    return longer or any(getattr(before.training, key) != getattr(recipe.training, key) for key in ("epochs", "early_stop_patience"))
 
 
 def is_exported(recipe: Recipe) -> bool:

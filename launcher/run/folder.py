@@ -91,7 +91,7 @@ class RunFolder:
         if not self.recipe.exists():
             return []
         old, newest = _read(self.recipe), self.newest_checkpoint()
-        if _same_files(with_copies(old.tokenizer, self.path / "tokenizer"), recipe.tokenizer):
+        if _moved(old.tokenizer, recipe.tokenizer, self.path / "tokenizer"):
             for key in _TOKENIZER_FILES:
                 setattr(old.tokenizer, key, getattr(recipe.tokenizer, key))
         own = newest and newest / "recipe.yaml"
@@ -104,13 +104,12 @@ class RunFolder:
             self._lock = None
 
 
-def _same_files(before: Tokenizer, after: Tokenizer) -> bool:
-    """Whether a tokenizer's files are equal, under other paths."""
-    pairs = [(getattr(before, key), getattr(after, key)) for key in _TOKENIZER_FILES]
-    if before.type != after.type or all(one == other for one, other in pairs):
+def _moved(before: Tokenizer, after: Tokenizer, copies: Path) -> bool:
+    """Whether a tokenizer is the one before, of which the run has `copies`, under other paths."""
+    if before.type != after.type or all(getattr(before, key) == getattr(after, key) for key in _TOKENIZER_FILES):
         return False
     try:
-        return tokenizer_of(before).hash() == tokenizer_of(after).hash()
+        return tokenizer_of(with_copies(before, copies)).hash() == tokenizer_of(after).hash()
     except TokenizerError:
         return False
 
