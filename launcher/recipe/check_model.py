@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isfinite
+from math import isinf
 
 from launcher.recipe.problem import Case, Problem, count, nearest, nearest_divisors
 
@@ -89,8 +89,8 @@ def _compare(case: Case, key: str, holds, rule: str) -> Iterator[Problem]:
     value = case.value(key)
     if key in OF_TOKENS and case.sources.get(key) == "derived":
         return  # of the tokens that were given: `learning_rate` judges those
-    if value is not None and not (holds(value) and isfinite(value)):
-        rule += "" if isfinite(value) else ", and finite"
+    if value is not None and (isinf(value) or not holds(value)):  # NaN holds nothing, and so is refused
+        rule += ", and finite" if isinf(value) else ""
         yield Problem(f"{key} must be {rule}, not {value}", case.at(key), f"give a value {rule}", by_itself=True)
 
 
