@@ -55,17 +55,18 @@ def _fully_sharded(case: Case) -> Iterator[Problem]:
 
 
 def idle(case: Case) -> Iterator[Problem]:
-    """A rank that trains nothing has no optimizer, and megatron-core 0.16 saves Adam's step from rank 0 alone; of the distributed
-    optimizer it asks every rank for one."""
+    """A rank that trains nothing has no optimizer. megatron-core 0.16 saves Adam's step from rank 0 alone; with the distributed
+    optimizer it asks every rank for one, and in 16 bits every rank's state for fp32 weights."""
     recipe, adapters = case.recipe, bool(case.recipe.lora.rank)
+    whole = not adapters and not recipe.parallel.use_distributed_optimizer and recipe.training.precision == "fp32"
     of_layout = recipe.parallel.pipeline_model_parallel_layout is not None  # without one each stage has layers
-    if not of_layout or not (adapters or recipe.parallel.use_distributed_optimizer) or any(one.severity == "error" for one in pipeline(case)):
+    if whole or not of_layout or any(one.severity == "error" for one in pipeline(case)):
         return
     trained = [any(one.layers or not adapters and (one.embedding or one.output) for one in stage) for stage in chunks(recipe)]
     if ranks := [str(rank) for rank, some in enumerate(trained) if not some]:
         what = f"pipeline rank {' and '.join(ranks)} would train nothing{', without layers for adapters' if adapters else ''}, and have no optimizer to save"
-        other = "lora.rank" if adapters else DISTRIBUTED
-        yield Problem(what, case.at(LAYOUT, other), f"a layout with a t on each rank, or {other}={'null' if adapters else 'false'}")
+        keys = [LAYOUT, *(["lora.rank"] if adapters else [DISTRIBUTED, "training.precision"])]
+        yield Problem(what, case.at(*keys), "a layout with a t on each rank" + (", or lora.rank=null" if adapters else ""))
 
 
 def offloading(case: Case) -> Iterator[Problem]:
