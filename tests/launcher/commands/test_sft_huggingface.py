@@ -8,6 +8,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from launcher.cli import app
+from launcher.errors import UserError
 from launcher.recipe import load
 from launcher.recipe.frozen import read_frozen
 from tests.data_tools.samples import small_gpt2, write_jsonl
@@ -20,7 +22,7 @@ training: {seq_length: 64, micro_batch_size: 4, global_batch_size: 4, epochs: 40
 optimizer: {lr: 2.0e-2, lr_decay_style: cosine, weight_decay: 0.0}
 tokenizer: {chat_template: chatml}
 data: {train: train.jsonl, valid: valid.json}
-checkpoint: {load: hf, keep_best: true, export_hf: tuned}
+checkpoint: {load: hf, keep_best: true, export_hf: tuned, save_interval: 65}
 logging: {log_interval: 1, tensorboard: false}
 launch: {device: cpu, cpu_threads: 1}
 """
@@ -66,8 +68,6 @@ def inside(story, monkeypatch):
     monkeypatch.chdir(story[0])
 
     def run(*words):
-        from launcher.cli import app
-
         return CliRunner().invoke(app, [*map(str, words)]).output
 
     return run
@@ -100,7 +100,10 @@ def test_what_comes_out_is_what_was_trained(story):
             logits = model(torch.tensor([ids])).logits[0, begin - 1 : end - 1]
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[begin:end]), reduction="sum").item()
         count += end - begin
-    assert total / count == pytest.approx(min(one["lm_loss_validation"] for one in records(folder / "runs/tuned/validation.jsonl")), rel=1e-4)
+    found = {one["iteration"]: one["lm_loss_validation"] for one in records(folder / "runs/tuned/validation.jsonl")}
+    assert total / count == pytest.approx(min(found.values()), rel=1e-4)
+    best = (folder / "runs/tuned/checkpoints/best_checkpointed_iteration.txt").read_text()
+    assert int(best) == min(found, key=found.get) and 130 in found  # save_interval comes out even at the last step
 
 
 def test_it_answers_in_the_form_that_it_was_trained_in(story):
@@ -150,6 +153,7 @@ def test_a_finished_run_is_exported_once(story, inside):
         ("checkpoint.load=other", "model_type 'mamba' is none of gpt2, llama, yuan", "checkpoint.load="),
         ("checkpoint.export_hf=train.jsonl/hf", "cannot be made", "checkpoint.export_hf="),
         ("checkpoint.export_hf=hf", "hf is there already", "another checkpoint.export_hf"),
+        ("checkpoint.export_hf=runs/another/hf", "the run's own folder", "A_FOLDER_OF_ITS_OWN"),
         ("model.num_layers=2 model.hidden_size=32 model.num_attention_heads=4 model.position_embedding_type=rope", "Hugging Face's GPT-2 has no", "checkpoint.export_hf=null"),
     ],
 )  # fmt: skip
@@ -174,3 +178,44 @@ def test_a_recipe_with_the_model_of_another_folder_is_told_what_to_paste(story, 
     line = next(line for line in output.splitlines() if "model.family=llama" in line)
     assert "would run" in inside("check", "--for", "sft", "recipe=tuned.yaml", "run.name=another", "checkpoint.export_hf=new", "model.num_layers=2",
                                  *line.split(":", 1)[1].split())  # fmt: skip
+
+
+def test_another_tokenizer_than_the_folders_is_told(story, inside):
+    """Its vocabulary is not filled up from the folder: 300 ids are not 302. The folder's own file, elsewhere, is no other one."""
+    folder, _ = story
+    small_gpt2(folder)
+    words = ["check", "--for", "sft", "recipe=tuned.yaml", "run.name=another", "checkpoint.export_hf=new"]
+    output = inside(*words, "tokenizer.type=GPT2BPETokenizer", f"tokenizer.vocab_file={folder}/vocab.json", f"tokenizer.merge_file={folder}/merges.txt")
+    assert "would not run" in output and "trained with another tokenizer" in output and "302 ids, and the tokenizer has 300" in output
+    shutil.copytree(folder / "hf", folder / "moved", dirs_exist_ok=True)
+    output = inside(*words, "tokenizer.type=HuggingFaceTokenizer", "tokenizer.tokenizer_model=moved/tokenizer.json")
+    assert "would run" in output and "another tokenizer" not in output
+
+
+def test_what_answers_is_compared_with_a_named_recipe_too(story, inside):
+    folder, _ = story
+    keys = vars(load(["recipe=tuned.yaml", "run.name=another"]).recipe.model) | {"rotary_base": 77, "norm_epsilon": 0.01}
+    (folder / "named.yaml").write_text(json.dumps({"model": keys, "generate": {"load": "hf"}, "launch": {"device": "cpu"}, "tokenizer": {
+        "type": "HuggingFaceTokenizer", "tokenizer_model": "hf/tokenizer.json"}}))  # fmt: skip
+    write_jsonl(folder / "asked.jsonl", [{"query": "1+1"}])
+    with pytest.raises(UserError) as error:
+        app(["generate", "recipe=named.yaml", "--input", "asked.jsonl", "--load", "hf"], standalone_mode=False)
+    assert "model.rotary_base: 10000 there, 77 here" in str(error.value) and "model.norm_epsilon: 1e-06 there, 0.01 here" in str(error.value)
+
+
+def test_a_recipe_with_sizes_takes_the_folders_dropout(story, inside):
+    sizes = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4"]
+    loaded = load(["recipe=tuned.yaml", "run.name=another", *sizes])
+    assert (loaded.recipe.model.attention_dropout, loaded.sources["model.attention_dropout"]) == (0.0, "hf/config.json")
+
+
+def test_a_run_goes_on_without_the_folder_that_it_started_from(story, inside):
+    folder, _ = story
+    (folder / "hf").rename(folder / "away")
+    try:
+        output = inside("check", "recipe=tuned.yaml", "training.epochs=41")
+        assert "would not run" in output and "tuned is there already" in output and "checkpoint.export_hf=" in output and "tokenizer" not in output
+        yuan(folder, "sft", "recipe=tuned.yaml", "training.epochs=41", "checkpoint.export_hf=null", "training.eval_iters=0")
+        assert (folder / "runs/tuned/finished").read_text() == "134\n"
+    finally:
+        (folder / "away").rename(folder / "hf")
