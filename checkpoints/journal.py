@@ -32,6 +32,7 @@ class Journal:
         self._lines.append(json.dumps(line) + "\n")
         self.noted.append(json.loads(self._lines[-1]))
         if self._syncing.done() and time.monotonic() - self._since >= SYNC_SECONDS:
+            self._syncing.result()  # raises what went wrong
             self.flush()
 
     def flush(self) -> None:
