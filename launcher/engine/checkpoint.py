@@ -160,9 +160,16 @@ def keep_files(recipe: Recipe, run: Path) -> None:
 
 
 def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Make `folder` a copy of the tokenizer's files."""
+    """Make `folder` a copy of the tokenizer's files, and of what else lies beside them of the tokenizer where training starts from
+    weights that they came with: a Llama's tokenizer.model beside its tokenizer.json, for the way back."""
     tokenizer = tokenizer_of(recipe.tokenizer)
-    _copy([*map(Path, tokenizer.files.values()), *tokenizer.companions], folder)
+    files = [*map(Path, tokenizer.files.values()), *tokenizer.companions]
+    if recipe.checkpoint.load is not None and tokenizer.files:
+        start, place = checkpoint_in(Path(recipe.checkpoint.load)), files[0].parent
+        if place.resolve() in (start.resolve(), (start / "tokenizer").resolve()):
+            of_model = published.model_files(place)
+            files += [path for path in published.companions(place) if path not in of_model]
+    _copy(files, folder)
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:

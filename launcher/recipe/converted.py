@@ -142,7 +142,7 @@ def tokenizer_beside(companions: Sequence[Path], model: Model, folder: Path) -> 
     try:
         settings.chat_template = template_beside(tokenizer_of(settings))  # type: ignore[assignment]
     except TokenizerError as error:
-        return Tokenizer(type="NullTokenizer", vocab_size=model.vocab_size - 1), str(error.what)
+        return Tokenizer(type="NullTokenizer", vocab_size=model.vocab_size - 1), ": ".join(filter(None, (error.where, error.what)))
     return settings, ""
 
 

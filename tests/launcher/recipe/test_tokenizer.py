@@ -56,3 +56,20 @@ def test_keys_of_a_recipe_reach_the_tokenizer(tmp_path):
     assert tokenizer_of(by_name.tokenizer).special_tokens == {"<|endoftext|>": 256, "<x>": 257}
     by_id = load([*words, "tokenizer.tiktoken_special_tokens={<|endoftext|>: 300}"]).recipe
     assert tokenizer_of(by_id.tokenizer).eod == 300 and by_id.derived.vocab_size == 301
+
+
+def test_what_lies_beside_the_tokenizer_of_the_weights_goes_along(tmp_path):
+    weights, other = tmp_path / "weights", tmp_path / "other"
+    for folder in (weights, other):
+        folder.mkdir()
+        huggingface_folder(folder)
+        for name in ("config.json", "added_tokens.json", "tokenizer.model", "model.safetensors"):
+            (folder / name).write_text("{}")
+    recipe = Recipe(tokenizer=Tokenizer("HuggingFaceTokenizer", str(weights / "tokenizer.json")))
+    recipe.checkpoint.load = str(weights)
+    copy_tokenizer(recipe, tmp_path / "tokenizer")
+    kept = {path.name for path in (tmp_path / "tokenizer").iterdir()}
+    assert kept >= {"tokenizer.json", "added_tokens.json", "tokenizer.model"} and not kept & {"config.json", "model.safetensors"}
+    recipe.tokenizer.tokenizer_model = str(other / "tokenizer.json")  # of another model: nothing says what the others are
+    copy_tokenizer(recipe, tmp_path / "tokenizer")
+    assert "added_tokens.json" not in {path.name for path in (tmp_path / "tokenizer").iterdir()}
