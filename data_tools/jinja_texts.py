@@ -141,7 +141,8 @@ def _differs(tokenizer: Tokenizer, config: dict[str, Any]) -> str:
         return "goes along, but transformers takes the model for one like Llama's (BPE of texts as they are, with bytes), and makes other ids of some texts"
     if bool(config.get("legacy")) != tokenizer.dummy_prefix:
         wanted = json.dumps(_prefix(tokenizer))
-        return f"goes along, but by the folder's own {CONFIG} transformers makes other ids behind special tokens than the training had; they are the same with {wanted} in it"
+        others = f"by the folder's own {CONFIG} transformers makes other ids behind special tokens than the training had"
+        return f"goes along, but {others}; they are the same with {wanted} in it"
     return ""
 
 
