@@ -163,12 +163,20 @@ class IndexedWriter:
         Args:
             description: what made the data, for `IndexedReader.description`; kept in `<prefix>.json`.
         """
+        self.flush()
+        self.appear(description)
+
+    def flush(self) -> None:
+        """The first half of `finish`, which takes its time: all of both files is on the disk."""
         self._bin.flush()
         self._bin.truncate(self.tokens * self.dtype.itemsize)
         with ThreadPoolExecutor(1) as meanwhile:  # each waits for the disk
             synced = meanwhile.submit(os.fsync, self._bin.fileno())
             self._write_index()
             synced.result()
+
+    def appear(self, description: dict[str, object] | None = None) -> None:
+        """The second half."""
         self._bin.close()
         idx_path(self.prefix).unlink(missing_ok=True)
         description_path(self.prefix).unlink(missing_ok=True)

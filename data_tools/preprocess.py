@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -27,6 +28,7 @@ from data_tools.sources import Block, Format, Source, blocks, find_sources
 from data_tools.tokenizers import Tokenizer
 
 _SMALLEST_PART, _LARGEST_PART = 1 << 21, 1 << 24
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _PARTS = 64  # of a small input, so that the workers end together
 
 
@@ -140,8 +142,10 @@ def _encode_and_join(
         if not all(total.tokens for total in counts.values()):
             shutil.rmtree(folder)
             raise _empty(counts, sources[0].path)
+        for writer in writers:  # all of them before any appears: what a kill loses is begun anew
+            writer.flush()
         for writer, total in zip(writers, counts.values(), strict=True):
-            writer.finish(_manifest(encoder.tokenizer, plan, total, parts.hexdigest(), bad))
+            writer.appear(_manifest(encoder.tokenizer, plan, total, parts.hexdigest(), bad))
         shutil.rmtree(folder)
     return counts
 
@@ -172,15 +176,20 @@ def _open_folder(folder: Path, plan: dict[str, object]) -> None:
 
 
 def _forget_lost(folder: Path, dtypes: Sequence[np.dtype], joined: Sequence[Path]) -> None:
-    """Parts whose tokens had been moved and are not there: the machine went down before the disk had them."""
-    sizes, ends = [path.stat().st_size if path.is_file() else 0 for path in joined], [0] * len(joined)
+    """Parts whose tokens had been moved and may not be there: all, where this machine was started anew since, whose disk may not
+    have had them."""
+    note, here = folder / "machine", [platform.node(), _BOOT.read_text().strip() if _BOOT.is_file() else ""]
+    host, _, boot = note.read_text(encoding="utf-8").partition(" ") if note.is_file() else (here[0], "", here[1])
+    lost = host == here[0] and boot != here[1]
+    sizes, ends = [path.stat().st_size if path.is_file() and not lost else 0 for path in joined], [0] * len(joined)
     for number in count():
         files = PartFiles(folder, number)
         if (part := files.read(dtypes)) is None:
-            return
+            break
         ends = [end + one.tokens * dtype.itemsize for end, one, dtype in zip(ends, part.counts, dtypes, strict=True)]
         if any(size < end and not files.tokens(i).is_file() for i, (size, end) in enumerate(zip(sizes, ends, strict=True))):
             files.begin()
+    note.write_text(" ".join(here), encoding="utf-8")
 
 
 def _remove_if_empty(folder: Path) -> None:
