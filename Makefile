@@ -20,8 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install  ## Text to answers on this machine in a few minutes
 	@$(BIN)/python examples/quickstart.py
 
+# Where a worker dies, pytest-xdist would start another and then wait for ever: without, the run ends and names the test.
 test: install    ## Run every test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0
 
 bench: install   ## Measure speed (ratios within one run) and memory beside the estimate
 	$(BIN)/python -m tests.benchmarks

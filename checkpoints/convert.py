@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from isal.isal_zlib import crc32
 
 from checkpoints.adapters import find_base, read_note
 from checkpoints.files.stored import DTYPES, NAMES  # noqa: F401  for others, as are some more of these names
@@ -52,7 +52,7 @@ def open_source(
     source = _opened(found, model, vocab_size, fused_layout, hf_config, states)
     config = hf_config / "config.json" if hf_config else None
     source.reading = {
-        "source_fused_layout": fused_layout, "hf_config": zlib.crc32(config.read_bytes()) if config and config.is_file() else None
+        "source_fused_layout": fused_layout, "hf_config": crc32(config.read_bytes()) if config and config.is_file() else None
     }  # fmt: skip
     return source
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from isal.isal_zlib import crc32
 
 from checkpoints.files.stored import NAMES, raw
 from checkpoints.folder import MANIFEST, CheckpointError, manifest
@@ -94,7 +94,7 @@ class Copying:
     def __init__(self, source: Source, target: Target, allow_nan: bool = False):
         self.source, self.target, self.allow_nan = source, target, allow_nan
         self._tensors, self._told = {tensor.name: tensor for tensor in target.order()}, told(source)
-        self._beside = ThreadPoolExecutor(1)  # zlib lets go of Python's lock: checksums cost no time while there is writing
+        self._beside = ThreadPoolExecutor(1)  # crc32 lets go of Python's lock: checksums cost no time while there is writing
 
     def __call__(self, names: Sequence[str]) -> list[Written]:
         return [self._copied(name) for name in names]
@@ -149,7 +149,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 def checksum(tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes in C order. It finds accidents; sha256 would take longer than copying."""
-    return zlib.crc32(raw(tensor))
+    return crc32(raw(tensor))
 
 
 # ---- reading back ----------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from checkpoints.folder import CheckpointError, flush, flush_one
 from checkpoints.journal import Journal, noted
@@ -325,5 +326,5 @@ def _known(path: Path) -> list[int]:
     with open(path, "rb") as file:
         for at in (0, known.st_size // 2, known.st_size - _SAMPLE):
             file.seek(max(0, at))
-            crc = zlib.crc32(file.read(_SAMPLE), crc)
+            crc = crc32(file.read(_SAMPLE), crc)
     return [known.st_size, known.st_mtime_ns, crc]

@@ -11,13 +11,13 @@ with a checksum: `crc_num` and the CRC-32 of all before it in 10 bytes, big-endi
 from __future__ import annotations
 
 import mmap
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 
 from checkpoints.files.stored import Buffer, Stored
 from checkpoints.folder import CheckpointError
@@ -151,7 +151,7 @@ def wrong_checksum(path: Path) -> bool:
         found = 0
         with memoryview(data) as view:
             for at in range(0, len(data) - _TRAILER_BYTES, SLICE):
-                found = zlib.crc32(view[at : min(at + SLICE, len(data) - _TRAILER_BYTES)], found)
+                found = crc32(view[at : min(at + SLICE, len(data) - _TRAILER_BYTES)], found)
         return found != int.from_bytes(data[-10:], "big")
 
 

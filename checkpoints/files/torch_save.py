@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from isal.isal_zlib import crc32
 
 from checkpoints.files.stored import Buffer, contiguous
 
@@ -91,7 +91,7 @@ class Entry:
 def _crc(contents: Sequence[Buffer]) -> int:
     crc = 0
     for content in contents:
-        crc = zlib.crc32(content, crc)
+        crc = crc32(content, crc)
     return crc
 
 
@@ -135,7 +135,7 @@ class Archive:
 
     def end(self, crcs: Mapping[Entry, int]) -> tuple[int, bytes]:
         """The archive's end, which lists all entries: its place, its bytes. `crcs` are the CRC-32 of the tensors' entries."""
-        known = {**crcs, **{entry: zlib.crc32(content) for entry, content in self._fixed.items()}}
+        known = {**crcs, **{entry: crc32(content) for entry, content in self._fixed.items()}}
         listed = b"".join(entry.record(known[entry]) for entry in self._entries)
         start, size, count = self._end, len(listed), len(self._entries)
         small = min(count, _16_BITS)

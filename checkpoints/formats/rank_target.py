@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from isal.isal_zlib import crc32
 
 from checkpoints.files.placed import Place
 from checkpoints.files.stored import raw
@@ -203,7 +203,7 @@ class RankFiles(Target):
             names = [(stage, self._local(piece.name, stage))]
             if tensor.weight == _EMBEDDING and self._copies_embedding:
                 names.append((len(self._stages) - 1, tensor.state + self._dialect.tied))
-            crc = zlib.crc32(raw(value)) if piece.axis is None else None  # the same on every rank
+            crc = crc32(raw(value)) if piece.axis is None else None  # the same on every rank
             for part, name in names:
                 for rank in range(self._ranks):
                     yield from self._piece(part, name, rank, self._share_of(piece, value, rank), crc)
@@ -252,5 +252,5 @@ class RankFiles(Target):
     def _crc(self, file: str, start: int, size: int) -> int:
         crc = 0
         for at in range(start, start + size, _BLOCK):
-            crc = zlib.crc32(self.files.read(Place(file, at), min(_BLOCK, start + size - at)), crc)
+            crc = crc32(self.files.read(Place(file, at), min(_BLOCK, start + size - at)), crc)
         return crc
