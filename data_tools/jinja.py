@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import combinations
 from typing import Any
 
 from data_tools.conversations import Conversation
@@ -17,13 +18,16 @@ from data_tools.records import BadLine
 from data_tools.templates import Piece, Template, name_of
 from data_tools.tokenizers.base import Tokenizer, content_of, read_config, read_text
 
+# Whose texts a template strips: mostly nobody's or everybody's; Mistral's the answers alone.
+_STRIPPED = [roles for count in (0, 3, 1, 2) for roles in combinations(("assistant", "user", "system"), count)]
 _MARK = re.compile("\ue000(\\d+)\ue001")  # of private use: stands for a message's text while the template writes around it
 
 
 class JinjaTemplate(Template):
     """Renders by the tokenizer's own template. What it writes around the messages may spell special tokens, they may not.
 
-    Trained is an answer with what follows it up to the first special token, which ends it; without one, the end of document.
+    Trained is what the template writes from where it asks for an answer, such as gpt-oss's channel, then the answer, and what
+    follows it up to the first special token, which ends it; without one, the end of document.
 
     Raises:
         TokenizerError: there is no template, it is not one, or a file beside it is broken.
@@ -43,28 +47,28 @@ class JinjaTemplate(Template):
         self._signs = re.compile("|".join([_MARK.pattern, *map(re.escape, names)]))
 
     def pieces(self, turns: Conversation) -> Iterator[Piece]:
-        texts = [turn.whole for turn in turns]
         marked = self._write(turns, _marks(len(turns)))
-        written = self._write(turns, texts)
-        for fill in (texts, [text.strip() for text in texts]):  # many templates strip what they are given
-            if _MARK.sub(lambda mark: fill[int(mark[1])], marked) == written:
-                yield from self._cut(marked, turns, fill)
+        written = self._write(turns, [turn.whole for turn in turns])
+        for stripped in _STRIPPED:
+            texts = [turn.whole.strip() if turn.role in stripped else turn.whole for turn in turns]
+            if _MARK.sub(lambda mark: texts[int(mark[1])], marked) == written:
+                yield from self._cut(marked, turns, texts)
                 return
         raise BadLine("the tokenizer's template changes what is said in it", "another template: tokenizer.chat_template=chatml")
 
     def _cut(self, marked: str, turns: Conversation, texts: list[str]) -> Iterator[Piece]:
-        begins, at, answering = self._begins(marked, turns), 0, False
+        begins, at, answering, said = self._begins(marked, turns), 0, False, False
         for match in [*self._signs.finditer(marked), None]:
             end = match.start() if match else len(marked)
             for stop in sorted({begin for begin in begins if at <= begin < end} | {end}):
                 yield Piece(marked[at:stop], answering)
                 at, answering = stop, answering or stop in begins
             if match and match[1]:
-                answering = turns[int(match[1])].role == "assistant"
+                answering = said = turns[int(match[1])].role == "assistant"
                 yield Piece(texts[int(match[1])], answering)
             elif match:
                 yield Piece(match[0], answering, special=True)
-                answering = False
+                answering, said = answering and not said, False
             at = match.end() if match else at
         if answering:
             yield Piece(self._end, True, special=True)

@@ -8,7 +8,7 @@ from data_tools.sft import Form, Rows, prepare
 from data_tools.templates import OWN, build_template
 from data_tools.tokenizers import build_tokenizer
 from tests.data_tools.samples import write_jsonl, yuan_model
-from tests.data_tools.test_templates import CHATML, LLAMA2, hugging_face
+from tests.data_tools.test_templates import CHANNEL, CHATML, LLAMA2, MISTRAL, hugging_face
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 WITH_INPUT = (
@@ -66,6 +66,9 @@ GOLDEN = [
     ("own llama2", said("a", "b", "c", "d"), "<s>[INST] a [/INST]⟦ b </s>⟧<s>[INST] c [/INST]⟦ d </s>⟧"),
     ("chatml", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, f"{USER}a<|im_end|>\n{ASSISTANT}⟦b<|im_end|>⟧\n"),
     ("plain", asked("q", "a", history=[["q0", "a0"]]), "<s>q0\n⟦a0</s>⟧q\n⟦a</s>⟧"),
+    # what a template writes between its prompt and the answer is the model's to say, special tokens too, as gpt-oss's channel
+    ("own channel", said("a", "b", "c", "d"), f"{USER}a<|im_end|><|im_start|>assistant⟦<s>final\nb<|im_end|>⟧{USER}c<|im_end|><|im_start|>assistant⟦<s>final\nd<|im_end|>⟧"),
+    ("own mistral", asked(" q\n", " a\n"), "<s>[INST]  q\n[/INST]⟦ a</s>⟧"),  # which strips the answers alone
     # the last answer alone
     ("plain last", said("a", "b", "c", "d"), "<s>a\nb</s>c\n⟦d</s>⟧"),
     ("llama2 last", said("a", "b", "c", "d"), "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]⟦ d </s>⟧"),
@@ -82,10 +85,12 @@ GOLDEN = [
 def templates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "yuan.model").write_bytes(yuan_model())
-    plain, chatml, llama2 = (hugging_face(folder / str(i), own) for i, own in enumerate((None, CHATML, LLAMA2)))
+    plain = hugging_face(folder / "plain", None)
     made = {name: build_template(name, plain) for name in ("plain", "alpaca", "llama2", "chatml")}
+    for name, own in (("chatml", CHATML), ("llama2", LLAMA2), ("channel", CHANNEL), ("mistral", MISTRAL)):
+        made[f"own {name}"] = build_template(OWN, hugging_face(folder / name, own))
     made["yuan"] = build_template("yuan", build_tokenizer("YuanTokenizer", tokenizer_model=folder / "yuan.model"))
-    return made | {"own chatml": build_template(OWN, chatml), "own llama2": build_template(OWN, llama2)}
+    return made
 
 
 @pytest.mark.parametrize(("name", "row", "wanted"), GOLDEN)

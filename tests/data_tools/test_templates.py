@@ -20,6 +20,15 @@ LLAMA2 = (
     "{% for message in rest %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+CHANNEL = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant<s>final\n' + m.content + '<|im_end|>' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
 STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}{{ m.content | upper }}{% endfor %}"
 ONE = conversation({"instruction": "add", "input": "1 2", "output": "3"})
 TWO = conversation({"system": "be kind", "history": [["q1", "a1"]], "instruction": "q2", "output": "a2"})
