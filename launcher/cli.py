@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 import typer.core
 
 from data_tools.errors import DataError
 from launcher.completion import SHELL_ENV, answer
-from launcher.errors import UserError, wrapped
+from launcher.console import wrapped
+from launcher.errors import UserError
 
 VERBS = {
     "recipes": "List, show and copy recipes; explain every key.",
@@ -31,6 +33,10 @@ VERBS = {
     "doctor": "Look this machine over: versions, devices, speed.",
 }
 
+TYPES = {"<int range>": "<int>", "<list[str]>": "<str>"}  # in help: the range stands behind, and what may be given again says so
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # told without a file's name where a file is being written
+
 STORY = """\
 \b
 A story, from text to answers:
@@ -40,8 +46,22 @@ A story, from text to answers:
   yuan pretrain recipe=345m_1dp                    train; again: resume
   yuan generate --input pred_input.jsonl           answers to output.txt
 \b
-Any value of a recipe is set by key=value: yuan pretrain recipe=345m_1dp training.train_iters=100
+Any value of a recipe is set by key=value, such as training.train_iters=100.
 """
+
+
+class Verb(typer.core.TyperCommand):
+    """Help that calls an argument what its metavar says: typer puts brackets around that and Python's type behind it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for one in self.params:
+            if one.param_type_name == "argument":
+                shown = one.metavar or one.name
+                vars(one).update(_usage_display_name=lambda shown=shown: shown, display_type_rich=lambda ctx: "")
+            else:
+                typed = one.display_type_rich
+                vars(one).update(display_type_rich=lambda ctx, typed=typed: TYPES.get(typed(ctx), typed(ctx)))
 
 
 class InStoryOrder(typer.core.TyperGroup):
@@ -109,16 +129,19 @@ def _register() -> None:
     for verb, line in VERBS.items():
         module = importlib.import_module(f"launcher.commands.{verb}")
         if hasattr(module, "app"):
+            for one in module.app.registered_commands:
+                one.cls = Verb
             app.add_typer(module.app, name=verb, short_help=line)
         else:
-            app.command(verb, short_help=line, context_settings=getattr(module, "CONTEXT", None))(getattr(module, verb))
+            app.command(verb, cls=Verb, short_help=line, context_settings=getattr(module, "CONTEXT", None))(getattr(module, verb))
 
 
 _register()
 
 
 def main() -> None:
-    """Run `yuan`: exit code 0, 2 for a mistake of the user, 130 for Ctrl-C; a bug of ours shows its traceback."""
+    """Run `yuan`: exit code 0, 2 for a mistake of the user or what the system refuses of a file, 130 for Ctrl-C; a bug of ours shows
+    its traceback."""
     if SHELL_ENV in os.environ:
         print(answer(app, sys.argv[1]))
         return
@@ -129,6 +152,11 @@ def main() -> None:
         sys.exit(2)
     except DataError as error:
         print_errors(UserError(error.what, error.where, error.fix))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno not in OF_THE_DISK:
+            raise
+        print_errors(UserError(f"cannot read or write: {error.strerror}", str(error.filename or ""), "see to the space and the rights there"))
         sys.exit(2)
 
 

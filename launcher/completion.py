@@ -90,7 +90,7 @@ def _argument(command: Any, before: list[str], current: str) -> list[tuple[str, 
         return _fitting([(group, "") for group in groups() if group != "derived"], current)
     if "=" not in (one.metavar or ""):
         return []
-    names = _recipes() if "NAME key=value" in one.metavar and "recipe=" not in one.metavar and not before else []
+    names = _recipes() if one.metavar.startswith("NAME") and not before else []
     return _fitting(names, current) + _pair(current)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import textwrap
 from collections.abc import Sequence
-from typing import TextIO
 
 
 class UserError(Exception):
@@ -56,21 +53,3 @@ def raise_all(errors: Sequence[UserError]) -> None:
         raise errors[0]
     if errors:
         raise UserErrors(errors)
-
-
-def wrapped(text: str, stream: TextIO) -> str:
-    """An error's lines as they are shown on `stream`: at a terminal wrapped at its width, of 60 columns at least; for a
-    pipe or a file as they are."""
-    if not stream.isatty():
-        return text
-    try:
-        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns)
-    except (OSError, ValueError):
-        columns = 80
-    return "\n".join(_folded(line, max(60, columns)) for line in text.splitlines())
-
-
-def _folded(line: str, columns: int) -> str:
-    """Further lines begin below the text after `  where: ` or `  fix:   `."""
-    indent = " " * 9 if line.startswith(("  where: ", "  fix:   ")) else "  "
-    return textwrap.fill(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

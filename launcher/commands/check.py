@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from launcher.commands.pretrain import trained
-from launcher.errors import UserError, wrapped
+from launcher.console import columns, hanging, wrapped
+from launcher.errors import UserError
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import CHECKS
 from launcher.recipe.check import check as find_problems
@@ -26,7 +27,7 @@ _FOR_HELP = "The verb to check for: " + ", ".join(CHECKS) + ". Default: the one 
 
 def check(
     words: Annotated[
-        Optional[list[str]], typer.Argument(metavar="recipe=NAME key=value", help="As for the verb that is checked.")
+        Optional[list[str]], typer.Argument(metavar="recipe=NAME [KEY=VALUE]...", help="As for the verb that is checked.")
     ] = None,
     verb: Annotated[Optional[str], typer.Option("--for", metavar="VERB", help=_FOR_HELP)] = None,
     nodes: Annotated[Optional[int], typer.Option(metavar="N", help="Short for launch.nnodes=N launch.device=cuda.")] = None,
@@ -104,5 +105,9 @@ def summary(loaded: Loaded) -> list[str]:
 
 
 def aligned(lines: dict[str, str]) -> list[str]:
-    """Names and their texts, one below the other; further lines of a text stand under its first."""
-    return [f"  {name:<11} " + text.replace("\n", "\n" + " " * 14) for name, text in lines.items()]
+    """Names and their texts, one below the other; the further lines of a text, a table's, a little to the right."""
+    width, found = columns(sys.stdout), []
+    for name, text in lines.items():
+        first, *table = text.split("\n")
+        found += [hanging(f"  {name:<11} ", first, width), *(f"    {row}" for row in table)]
+    return found

@@ -168,7 +168,7 @@ def repair(
 
     \b
     Example:
-      yuan data repair out/train.txt_document_context --output data/train_text_document
+      yuan data repair out/train.txt_document_context --output data/train_document
     """
     from data_tools.repair import repair as repair_pair
 
@@ -194,7 +194,7 @@ def merge(
 
     \b
     Examples:
-      yuan data merge 'data/my-gpt2_*-of-00004_text_document.idx' --output data/my-gpt2_text_document
+      yuan data merge 'a_*-of-00004_text_document.idx' --output a_text_document
       yuan data merge a_text_document b_text_document --output both_text_document
     """
     from data_tools.merge import find_pairs

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
+import sys
 from typing import Annotated, Optional
 
 import typer
 
+from launcher.console import columns, hanging
 from launcher.doctor import machine, ranks
 from launcher.doctor.finding import Finding
 
 HEAD = 20  # columns of a line's head
-COLUMNS = 100
+COLUMNS = 100  # at most
 
 
 def doctor(
@@ -30,11 +30,10 @@ def doctor(
 
 def _show(findings: list[Finding]) -> bool:
     """Print them as they come. Whether one is broken."""
-    width = min(COLUMNS, max(60, shutil.get_terminal_size((COLUMNS, 24)).columns))
-    indent = " " * HEAD
+    width = min(COLUMNS, columns(sys.stdout) or COLUMNS)
     for one in findings:
         mark = "BROKEN " if one.broken else ""
-        typer.echo(textwrap.fill(f"{one.name:<{HEAD}}{mark}{one.text}", width, subsequent_indent=indent, break_long_words=False))
+        typer.echo(hanging(f"{one.name:<{HEAD}}", f"{mark}{one.text}", width))
         if one.mend:
-            typer.echo(textwrap.fill(f"mend: {one.mend}", width, initial_indent=indent, subsequent_indent=indent + "      "))
+            typer.echo(hanging(" " * HEAD + "mend: ", one.mend, width))
     return any(one.broken for one in findings)

@@ -54,6 +54,12 @@ def generate(
 
     The model, its tokenizer and its layout come from the checkpoint. A bad line gets an error in its place and the
     others are answered; the exit code is 0 then, and 1 where no line could be answered.
+
+    \b
+    Examples:
+      yuan generate --input pred_input.jsonl
+      yuan generate --input pred_input.jsonl --load runs/345m_1dp
+      yuan generate --input pred_input.jsonl --temperature 0.8 --seed 7
     """
     flags = {
         "input": input, "output": output, "load": load, "max_new_tokens": max_new_tokens, "batch_size": batch_size,

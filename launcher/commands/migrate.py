@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from launcher.errors import UserError, wrapped
+from launcher.console import wrapped
+from launcher.errors import UserError
 from launcher.migrate import verdict
 from launcher.migrate.read import migrate as read
 from launcher.migrate.result import Migration
@@ -31,7 +32,6 @@ def migrate(
 ) -> None:
     """Turn an old command into a recipe, and say what became of each of its arguments.
 
-    \b
     Read are Pai-Megatron-Patch's scripts for Llama-2, Megatron-LM's pretrain_gpt.py, preprocess_data.py and
     run_text_generation_server.py, Yuan 2.0's scripts, ckpt_convert.sh, and shell scripts that call one of them.
     Nothing of what is read is run.
@@ -40,7 +40,7 @@ def migrate(
     Examples:
       yuan migrate -- sh run_pretrain_megatron_llama.sh dsw …
       yuan migrate examples/pretrain_yuan2.0_51B.sh
-      yuan migrate --dry-run -- torchrun --nproc_per_node 8 pretrain_gpt.py --num-layers 24 …
+      yuan migrate --dry-run -- torchrun pretrain_gpt.py --num-layers 24 …
     """
     found, notes = read(command or [])
     targets = [_target(one, output, len(found), dry_run) for one in found]

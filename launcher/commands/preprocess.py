@@ -70,6 +70,11 @@ def preprocess(
     The options bear Megatron-LM's names; each is short for a recipe's key (--input for preprocess.input).
     Documents keep their order, and a line that cannot be tokenized is refused with its number. A run that was stopped
     goes on where it stood when the same command is typed again.
+
+    \b
+    Examples:
+      yuan preprocess --input data/corpus.jsonl --workers 2
+      yuan preprocess recipe=345m_1dp           its tokenizer, paths and index
     """
     pairs, json_keys = _bare_words_are_keys(words or [], json_keys)
     options: dict[str, tuple[object, str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from launcher.console import columns, hanging
 from launcher.errors import UserError
 from launcher.migrate.emit import as_megatron
 from launcher.recipe import Loaded, load
@@ -37,13 +39,13 @@ def list_recipes(
             print(verb + ("" if there else "  (to look at and to check: this version has no such verb yet)"))
         width = max((len(name) for name, _ in named), default=0)
         for name, text in named:
-            print(f"  {name:<{width}}  {text}".rstrip())
+            print(hanging(f"  {name:<{width}}  ", text, columns(sys.stdout)).rstrip())
 
 
 @app.command(short_help="A resolved recipe, each value with its source.")
 def show(
     words: Annotated[
-        list[str], typer.Argument(metavar="NAME key=value", help="A recipe's name, or recipe=NAME; then key=value.")
+        list[str], typer.Argument(metavar="NAME [KEY=VALUE]...", help="A recipe's name, or recipe=NAME; then values that override its own.")
     ],
     everything: Annotated[bool, typer.Option("--all", help="Defaults and empty values too.")] = False,
     form: Annotated[
@@ -87,7 +89,7 @@ def as_yaml(loaded: Loaded, everything: bool) -> list[str]:
 
 @app.command(short_help="A copy of a recipe to edit.")
 def copy(
-    name: Annotated[str, typer.Argument(help="The recipe to copy.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe to copy.")],
     dest: Annotated[Optional[Path], typer.Argument(metavar="[FILE]", help="A .yaml file, a folder, or a name for ./recipes/NAME.yaml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
@@ -108,13 +110,15 @@ def copy(
 
 
 @app.command(short_help="Every key with its type, default and meaning.")
-def keys(group: Annotated[Optional[str], typer.Argument(help="One group, such as training, or one key.")] = None) -> None:
+def keys(group: Annotated[Optional[str], typer.Argument(metavar="[GROUP]", help="One group, such as training, or one key.")] = None) -> None:
     """Print every key with its type, default and meaning."""
     chosen = [key for name, key in table().items() if group is None or name == group or name.startswith(f"{group}.")]
     if not chosen:
         near = get_close_matches(group, [*groups(), *table()], n=3, cutoff=0.6)
         fix = f"did you mean {' or '.join(near)}?" if near else "groups: " + ", ".join(groups())
         raise UserError(f"no group or key {group!r}", "", fix)
+    width = columns(sys.stdout)
     for key in chosen:
         default = "" if key.default is None else f", default {yaml_scalar(key.default)}"
-        print(f"{key.name}  ({key.expected}{default})\n    {key.doc}")
+        print(hanging("", f"{key.name}  ({key.expected}{default})", width, indent=4))
+        print(hanging("    ", key.doc, width))

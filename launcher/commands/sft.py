@@ -28,9 +28,9 @@ def sft(
 
     \b
     Examples:
-      yuan sft recipe=llama2_7b_sft checkpoint.load=data/Llama-2-7b-hf checkpoint.export_hf=data/tuned_hf
-      yuan sft recipe=mine checkpoint.load=runs/base data.train=train.json data.valid=valid.json
-      yuan data inspect PREFIX --mask                  what is trained on, in colour
+      yuan sft recipe=llama2_7b_sft checkpoint.load=data/Llama-2-7b-hf
+      yuan sft recipe=mine data.train=train.json data.valid=valid.json
+      yuan data inspect PREFIX --mask                what is trained on, in colour
     """
     loaded = load(words or [], checked=True)
     warn(ensure(loaded, "sft", launching=not dry_run, accept_changes=accept_changes))

@@ -53,7 +53,7 @@ def typed_keys(loaded: Loaded) -> list[str]:
     return [key for key in given if typed(loaded.sources[f"tokenizer.{key}"])]
 
 
-@app.command()
+@app.command(short_help="Train one on your own text.")
 def train(
     input: Annotated[list[str], typer.Option("--input", help="Text: a file, a folder or a pattern. May be given several times.")],
     output_prefix: Annotated[Path | None, typer.Option("--output-prefix", help="PREFIX.model, or the folder PREFIX for GPT2BPETokenizer.")] = None,
@@ -138,7 +138,7 @@ def _texts(inputs: list[str], format: Format | None, key: str) -> Iterator[str]:
                 yield from (sentence for sentences in document or [] for sentence in sentences)
 
 
-@app.command()
+@app.command(short_help="Its special ids, sizes, hash, and a text in tokens.")
 def show(
     words: Words = None,
     tokenizer_type: TokenizerType = None,

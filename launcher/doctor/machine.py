@@ -103,6 +103,8 @@ def _disk() -> Finding:
 def _recipes() -> Finding:
     parts = []
     for folder in folders():
+        if folder != package_folder() and folder.resolve() == package_folder():  # ./recipes of a checkout
+            continue
         count = len(list(folder.glob("*.yaml")))
         name = "yuan's own" if folder == package_folder() else label(folder)
         parts.append(f"{name} ({count})" if folder.is_dir() else f"{name} (not there)")

@@ -6,7 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher.errors import UserError, wrapped
+from launcher.console import wrapped
+from launcher.errors import UserError
 from launcher.migrate.result import Migration
 from launcher.migrate.write import recipe_text
 from launcher.recipe import check_answering, check_conversion, check_layout, check_memory, check_model, check_schedule, check_stages, load
@@ -38,7 +39,7 @@ def lines(migration: Migration) -> list[str]:
     """The verdict as it is printed below the report."""
     found = verdict(migration)
     if not found:
-        return [f"checked    the values go together; files and this machine: yuan check recipe={migration.name}"]
+        return [wrapped(f"checked    the values go together; files and this machine: yuan check recipe={migration.name}", sys.stdout)]
     errors = sum(problem.severity == "error" for problem in found)
     said = f"it would not run: {errors} error{'s' * (errors > 1)}" if errors else "the values go together, and are odd in places"
     return [f"checked    {said}", *(wrapped(f"{problem.severity}: {problem.as_error()}", sys.stdout) for problem in found)]

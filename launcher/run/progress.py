@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher import console
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
 
@@ -128,7 +128,7 @@ class _LiveLine:
 
     def train(self, record: dict[str, Any]) -> None:
         self._last = record
-        self.keep(train_line(record))
+        self.keep(train_line(record, self._columns()))
         self._draw(record["iteration"], record["eta_s"])
 
     def step(self, iteration: int) -> None:
@@ -152,11 +152,14 @@ class _LiveLine:
         share = iteration / max(total, 1)
         text = f" {iteration}/{total} {share:4.0%}  loss {_number(self._last['lm_loss'], '.4f')}  ETA {_duration(eta_s)}"
         # One column short of the width: a full last column makes some terminals wrap.
-        width = _columns(self._terminal)
+        width = self._columns() or console.UNKNOWN
         room = min(width - 1 - len(text) - 2, 40)
         bar = f"[{'#' * round(share * room):-<{room}}]" if room >= 10 else ""
         self._live_text = (bar + text)[: width - 1]
         self._write(CLEAR + self._live_text)
+
+    def _columns(self) -> int | None:
+        return console.columns(self._terminal, least=1) if self._live and self._terminal else None
 
     def _write(self, text: str) -> None:
         if self._terminal is None:
@@ -168,22 +171,23 @@ class _LiveLine:
             self._terminal = None
 
 
-def train_line(record: dict[str, Any]) -> str:
-    """One logged step in one line."""
+def train_line(record: dict[str, Any], width: int | None = None) -> str:
+    """One logged step in one line; where that is longer than `width`, the last parts are left to metrics.jsonl."""
     total = str(record["train_iters"])
-    return " | ".join(
-        [
-            f"step {record['iteration']:{len(total)}}/{total}",
-            f"loss {_number(record['lm_loss'], '.4f')}",
-            f"lr {_number(record['learning_rate'], '.3e')}",
-            f"grad norm {_number(record['grad_norm'], '.3f')}",
-            f"{_number(record['tokens_per_second'], ',.0f')} tok/s{_supervised(record['supervised_tokens_per_second'])}",
-            f"{_number(record['tflops'], '.3g')} TFLOP/s",
-            f"{_number(record['memory_gib'], '.1f')} GiB",
-            f"ETA {_duration(record['eta_s'])}",
-        ]
-        + ([f"{record['skipped_iterations']} skipped"] if record["skipped_iterations"] else [])
-    )
+    parts = [
+        f"step {record['iteration']:{len(total)}}/{total}",
+        f"loss {_number(record['lm_loss'], '.4f')}",
+        f"lr {_number(record['learning_rate'], '.3e')}",
+        f"grad norm {_number(record['grad_norm'], '.3f')}",
+        *([f"{record['skipped_iterations']} skipped"] if record["skipped_iterations"] else []),
+        f"{_number(record['tokens_per_second'], ',.0f')} tok/s{_supervised(record['supervised_tokens_per_second'])}",
+        f"{_number(record['tflops'], '.3g')} TFLOP/s",
+        f"{_number(record['memory_gib'], '.1f')} GiB",
+        f"ETA {_duration(record['eta_s'])}",
+    ]
+    while width is not None and len(parts) > 2 and len(" | ".join(parts)) >= width:
+        parts.pop()
+    return " | ".join(parts)
 
 
 def _supervised(rate: float | None) -> str:
@@ -201,15 +205,6 @@ def _duration(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def _columns(terminal: TextIO | None) -> int:
-    if terminal is None:
-        return 80
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
 
 
 def _complete(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

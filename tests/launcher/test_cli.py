@@ -2,13 +2,16 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import typer.main
 
-from launcher.cli import VERBS
-from launcher.errors import UserError, wrapped
+from launcher.cli import VERBS, app
+from launcher.console import wrapped
+from launcher.errors import UserError
 
 YUAN = [sys.executable, "-m", "launcher.cli"]
 
@@ -57,6 +60,22 @@ def test_help_has_one_line_for_each_verb_and_a_story(tmp_path):
         assert any(line.split() == f"{verb} {text}".split() for line in lines), verb
     assert "  A story, from text to answers:" in lines
     assert sum(line.strip().startswith("yuan ") for line in lines) >= 5
+
+
+def helps(command, parent=None, name="yuan"):
+    """(verb, its help at 80 columns) of a command and of all below it."""
+    context = command.context_class(command, info_name=name, parent=parent, terminal_width=80)
+    yield context.command_path, command.get_help(context)
+    for verb, below in getattr(command, "commands", {}).items():
+        yield from helps(below, context, verb)
+
+
+def test_help_fits_80_columns_and_shows_no_types_of_python():
+    found = dict(helps(typer.main.get_command(app)))
+    assert len(found) > 20 and "yuan recipes copy [OPTIONS] NAME [FILE]\n" in found["yuan recipes copy"]
+    for verb, text in found.items():
+        assert [line for line in text.splitlines() if len(line) > 80] == [], verb
+        assert not re.search(r"list\[|range>|\[\[|\{", text), verb
 
 
 def test_version(tmp_path):
@@ -111,6 +130,8 @@ cli.main()
         ("KeyboardInterrupt", 130, "", False),
         ("cli.UserError('no', 'here', 'do')", 2, "error: no\n  where: here\n  fix:   do\n", False),
         ("cli.DataError('no', 'here')", 2, "error: no\n  where: here\n", False),
+        ("OSError(28, 'No space left on device', 'runs/x')", 2, "error: cannot read or write: No space left on device\n  where: runs/x\n  fix:   see to the space and the rights there\n", False),
+        ("ConnectionResetError(104, 'Connection reset by peer')", 1, "ConnectionResetError: [Errno 104] Connection reset by peer\n", True),
         ("RuntimeError('a bug')", 1, "RuntimeError: a bug\n", True),
     ],
 )
