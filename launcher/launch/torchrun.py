@@ -162,7 +162,7 @@ def _reserve_port() -> socket.socket:
 
 def _resume_hint(verb: str, folder: RunFolder) -> str:
     """What the same command would do, with verbs that leave checkpoints."""
-    if verb != "pretrain":
+    if verb not in ("pretrain", "sft"):
         return ""
     iteration = folder.latest_iteration()
     if iteration is None:

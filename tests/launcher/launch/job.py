@@ -19,14 +19,15 @@ def main(run_dir: str, scenario: str, *settings: str) -> int:
     recipe = Recipe()
     recipe.run.dir, recipe.run.name, recipe.derived.device = run_dir, scenario, "cpu"
     recipe.launch.nproc_per_node, recipe.launch.cpu_threads = 2, 1
-    for setting in settings:
-        key, value = setting.split("=")
+    named = dict(setting.split("=") for setting in settings)
+    verb = named.pop("verb", "pretrain")
+    for key, value in named.items():
         setattr(recipe.launch, key, int(value) if value.isdigit() else value)
     try:
-        folder = open_run(recipe, {}, ["yuan", "pretrain", scenario])
+        folder = open_run(recipe, {}, ["yuan", verb, scenario])
         if scenario == "impatient":
             recipe.parallel.distributed_timeout_minutes = 0.05
-        return launch(recipe, folder, Path(__file__).with_name("worker.py"), "pretrain")
+        return launch(recipe, folder, Path(__file__).with_name("worker.py"), verb)
     except UserError as error:
         print_errors(error)
         return 2

@@ -34,9 +34,9 @@ def wait_for(*paths: Path) -> None:
     raise AssertionError(f"{paths} did not appear")
 
 
-def training(folder: Path, scenario: str) -> tuple[subprocess.Popen, list[int]]:
+def training(folder: Path, scenario: str, *words: str) -> tuple[subprocess.Popen, list[int]]:
     """A job whose ranks are in their loop, and their process ids."""
-    job = start(folder, scenario)
+    job = start(folder, scenario, *words)
     pids = [folder / "pid_0", folder / "pid_1"]
     wait_for(*pids)
     return job, [int(pid.read_text()) for pid in pids]
@@ -117,13 +117,13 @@ def test_several_user_errors_of_a_worker_are_all_shown(tmp_path):
     assert err == "error: the first mistake\nerror: the second mistake\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_launcher_has_every_rank_save_and_end(tmp_path, number):
-    job, pids = training(tmp_path, "train")
+@pytest.mark.parametrize(("number", "verb"), [(signal.SIGTERM, "pretrain"), (signal.SIGHUP, "sft")])
+def test_a_signal_to_the_launcher_has_every_rank_save_and_end(tmp_path, number, verb):
+    job, pids = training(tmp_path, "train", f"verb={verb}")
     job.send_signal(number)
     out, err = job.communicate(timeout=60)
     assert job.returncode == 3
-    assert err == f"pretrain stopped by {number.name}; the same command goes on from step 7\n"
+    assert err == f"{verb} stopped by {number.name}; the same command goes on from step 7\n"
     for rank in (0, 1):
         assert "asked by SIGTERM" in (tmp_path / "logs" / f"rank_{rank}.log").read_text()
         assert (tmp_path / f"saved_{rank}").read_text() == "whole"  # by a child, which the signal must not reach
