@@ -27,7 +27,7 @@ from data_tools.templates import Rendered, Template, build_template
 from data_tools.tokenizers import Tokenizer
 
 KEYS = ("sft", "sft_mask")
-_VERSION = 3  # of what conversations and templates make of a row: another one, and rows are prepared anew
+_VERSION = 4  # of what conversations and templates make of a row: another one, and rows are prepared anew
 _ROWS = 1 << 16  # looked at together
 
 
