@@ -30,6 +30,18 @@ def hanging(head: str, text: str, width: int | None, indent: int | None = None) 
     return textwrap.fill(text, width, initial_indent=head, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 process`, `2 processes`, `1,024 documents`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def human_size(count: int) -> str:
+    """`1,234 bytes`, `1.2 MB`, `1.2 GB`."""
+    if count < 1e5:
+        return f"{count:,} bytes"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def wrapped(text: str, stream: TextIO) -> str:
     """The lines of an error (`launcher.errors`), below its `  where: ` and `  fix:   `."""
     width = columns(stream)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands import data_inspect as view
-from launcher.commands.data_inspect import plural
 from launcher.commands.tokenizer import (
     MergeFile,
     PlainSpecialTokens,
@@ -23,6 +22,7 @@ from launcher.commands.tokenizer import (
     Words,
     tokenizer_options,
 )
+from launcher.console import plural
 from launcher.errors import UserError
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.tokenizer import tokenizer_of

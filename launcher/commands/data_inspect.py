@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from launcher.console import human_size, plural
 from launcher.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def counts(prefix: str, s: Summary) -> list[str]:
     share = "" if s.is_exact else " among the first and the last 4 million tokens"
     empty = f" ({s.empty:,} of them empty)" if s.empty else ""
     return [
-        f"data       {prefix}.bin ({_size(s.bin_bytes)}) and .idx ({_size(s.idx_bytes)})",
+        f"data       {prefix}.bin ({human_size(s.bin_bytes)}) and .idx ({human_size(s.idx_bytes)})",
         f"holds      {plural(s.documents, 'document')}{empty}, {plural(s.sequences, 'sequence')}, {plural(s.tokens, 'token')}",
         f"tokens     {s.dtype}, largest id {s.largest_id}{share}",
     ]
@@ -131,12 +132,3 @@ def _wrapped(text: str) -> list[str]:
 
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return [piece for line in text.split("\n") for piece in (chop_cells(line, _COLUMNS) or [""])]
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 document`, `2 documents`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,} bytes"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands.data import build_index
-from launcher.commands.data_inspect import plural
 from launcher.commands.rows import describe, prepare_rows
 from launcher.commands.tokenizer import (
     MergeFile,
@@ -24,6 +23,7 @@ from launcher.commands.tokenizer import (
     tokenizer_options,
     typed_keys,
 )
+from launcher.console import human_size, plural
 from launcher.errors import UserError
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
@@ -137,7 +137,7 @@ def _run(loaded: Loaded) -> None:
     files = sources[0].path if len(sources) == 1 else f"{len(sources)} files, {sources[0].path} to {sources[-1].path}"
     share = f", share {asked.shard}" if asked.shard else ""
     keys = f"{plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}"
-    typer.echo(f"input      {files} ({_megabytes(size)}, {' and '.join(sorted({s.format for s in sources}))}{share}), {keys}")
+    typer.echo(f"input      {files} ({human_size(size)}, {' and '.join(sorted({s.format for s in sources}))}{share}), {keys}")
     ending = f"every document ends with {tokenizer.eod}" if asked.append_eod else "no end-of-document ids (see --append-eod)"
     engine = "" if tokenizer.engine == tokenizer.type else f" by {tokenizer.engine}"
     typer.echo(f"tokenizer  {tokenizer.type}{engine}, {tokenizer.vocab_size} ids; {ending}")
@@ -169,7 +169,7 @@ def _run(loaded: Loaded) -> None:
 def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: float) -> None:
     tokens, read = sum(count.tokens for count in counts), counts[0].bytes
     typer.echo(
-        f"done       {plural(counts[0].documents, 'document')}, {tokens:,} tokens, {_megabytes(read)} in {seconds:.1f} s"
+        f"done       {plural(counts[0].documents, 'document')}, {tokens:,} tokens, {human_size(read)} in {seconds:.1f} s"
         f" ({read / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s)"
     )
     _report_left_out(prefixes[0], counts[0])
@@ -209,10 +209,6 @@ def _next_command(loaded: Loaded, prefix: str) -> str:
         value = getattr(loaded.recipe.tokenizer, key)
         words.append(f"tokenizer.{key}={str(value).lower() if isinstance(value, bool) else value}")
     return "yuan pretrain " + shlex.join(words)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 class Meter:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launcher.commands.data_inspect import plural
+from launcher.console import plural
 from launcher.errors import UserError
 from launcher.recipe import Loaded, finetuning
 from launcher.recipe.schema import Recipe

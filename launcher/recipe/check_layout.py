@@ -8,10 +8,11 @@ from importlib.util import find_spec
 from math import gcd
 from shutil import which
 
+from launcher.console import plural
 from launcher.recipe.device import gpu_count
 from launcher.recipe.endpoint import host_and_port, is_loopback
 from launcher.recipe.parts import transformer_engine_ruled_out
-from launcher.recipe.problem import Case, Problem, count, nearest, nearest_divisors
+from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -29,7 +30,7 @@ def world(case: Case) -> Iterator[Problem]:
         fixes += [f"{PP}={nearest_divisors(processes // tp, pp)}"] * (processes % tp == 0)
         fixes += [f"{TP}={nearest_divisors(processes // pp, tp)}"] * (processes % pp == 0)
         yield Problem(
-            f"{count(processes, 'process')} cannot be shared out over TP {tp} x PP {pp} = {ranks}",
+            f"{plural(processes, 'process')} cannot be shared out over TP {tp} x PP {pp} = {ranks}",
             case.at("launch.nnodes", "launch.nproc_per_node", TP, PP),
             ", or ".join(fixes),
         )
@@ -74,7 +75,7 @@ def tensor_parallel(case: Case) -> Iterator[Problem]:
     keys = 2 * groups * (m.kv_channels or 0)
     if 0 < groups < tp and tp % groups == 0 and keys % tp:  # heads that several ranks share are cut all the same
         yield Problem(
-            f"keys and values of {count(groups, 'group')} x {m.kv_channels} channels cannot be cut into TP {tp} parts",
+            f"keys and values of {plural(groups, 'group')} x {m.kv_channels} channels cannot be cut into TP {tp} parts",
             case.at("model.num_query_groups", "model.kv_channels", TP),
             f"model.num_query_groups={tp}, or model.kv_channels={nearest(m.kv_channels, tp)}, or {TP}={groups}",
         )
@@ -167,7 +168,7 @@ def gpus(case: Case) -> Iterator[Problem]:
     if case.recipe.derived.device != "cuda" or launch.kind == "slurm" or launch.nproc_per_node <= present:
         return
     yield Problem(
-        f"{count(launch.nproc_per_node, 'process')} {'wants a GPU' if launch.nproc_per_node == 1 else 'want a GPU each'}, and on this machine torch can use {present}",
+        f"{plural(launch.nproc_per_node, 'process')} {'wants a GPU' if launch.nproc_per_node == 1 else 'want a GPU each'}, and on this machine torch can use {present}",
         case.at("launch.nproc_per_node", "launch.device"),
         f"launch.nproc_per_node={present}, or launch.device=cpu" if present else "launch.device=cpu, or a machine with GPUs",
         "error" if case.launching else "warning",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isinf
 
-from launcher.recipe.problem import Case, Problem, count, nearest, nearest_divisors
+from launcher.console import plural
+from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
 
 REQUIRED = (
     "model.num_layers",
@@ -100,14 +101,14 @@ def shapes(case: Case) -> Iterator[Problem]:
     hidden, heads, groups = m.hidden_size or 0, m.num_attention_heads or 0, m.num_query_groups or 0
     if hidden > 0 and heads > 0 and m.kv_channels is None:
         yield Problem(
-            f"hidden_size {hidden} cannot be shared out over {count(heads, 'head')}",
+            f"hidden_size {hidden} cannot be shared out over {plural(heads, 'head')}",
             case.at("model.hidden_size", "model.num_attention_heads"),
             f"model.hidden_size={nearest(hidden, heads)}, or model.num_attention_heads={nearest_divisors(hidden, heads)}"
             f", or model.kv_channels={max(1, hidden // heads)}",
         )
     if heads > 0 and groups > 0 and heads % groups:
         yield Problem(
-            f"{count(heads, 'head')} cannot be shared out over {count(groups, 'query group')}",
+            f"{plural(heads, 'head')} cannot be shared out over {plural(groups, 'query group')}",
             case.at("model.num_attention_heads", "model.num_query_groups"),
             f"model.num_query_groups={nearest_divisors(heads, groups)}",
         )
@@ -147,7 +148,7 @@ def family(case: Case) -> Iterator[Problem]:
             yield Problem(f"Yuan 2.0 has {key.removeprefix('model.')} {shown}", case.at(key), f"{key}={shown}; bases/yuan2 has all that is Yuan 2.0's")
     heads, groups = m.num_attention_heads or 0, m.num_query_groups or 0
     if 0 < groups != heads > 0:
-        what = f"Yuan 2.0 has a key for each query head: {count(heads, 'head')}, {count(groups, 'query group')}"
+        what = f"Yuan 2.0 has a key for each query head: {plural(heads, 'head')}, {plural(groups, 'query group')}"
         yield Problem(what, case.at("model.num_query_groups", "model.num_attention_heads"), f"model.num_query_groups={heads}")
     if m.hidden_size and m.hidden_size % 2:
         what = f"Yuan 2.0's filter halves hidden_size {m.hidden_size}"

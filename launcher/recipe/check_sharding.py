@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from launcher.console import plural
 from launcher.recipe.check_stages import LAYOUT, PP, pipeline
 from launcher.recipe.estimate.stages import chunks
 from launcher.recipe.parts import transformer_engine_ruled_out
-from launcher.recipe.problem import Case, Problem, count
+from launcher.recipe.problem import Case, Problem
 
 ZERO, DISTRIBUTED = "parallel.zero", "parallel.use_distributed_optimizer"
 OFFLOADED = "parallel.cpu_offloading_num_layers"
@@ -95,7 +96,7 @@ def _activations(case: Case) -> Iterator[Problem]:
     recipe, number = case.recipe, case.recipe.parallel.cpu_offloading_num_layers
     p, layers = recipe.parallel, recipe.model.num_layers or 0
     if not 0 < number < max(layers, 1):
-        what = f"of {count(layers, 'layer')} the last one's activations are needed at once: {number} cannot wait in the host's memory"
+        what = f"of {plural(layers, 'layer')} the last one's activations are needed at once: {number} cannot wait in the host's memory"
         yield Problem(what, case.at(OFFLOADED, "model.num_layers"), f"{OFFLOADED}={max(layers - 1, 0)}")
     if p.pipeline_model_parallel_size > 1:
         what = "megatron-core moves no activations to the host's memory under a pipeline"

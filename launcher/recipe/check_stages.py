@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 
+from launcher.console import plural
 from launcher.recipe.estimate.stages import chunks
 from launcher.recipe.pipeline import LayoutError, parse_layout
-from launcher.recipe.problem import Case, Problem, beside, count, divisors, nearest, nearest_divisors
+from launcher.recipe.problem import Case, Problem, beside, divisors, nearest, nearest_divisors
 from launcher.recipe.ramp import batch_sizes, whole_ramp
 
 PP = "parallel.pipeline_model_parallel_size"
@@ -36,7 +37,7 @@ def pipeline(case: Case) -> Iterator[Problem]:
         yield from _uneven(case, layers, pp)
     elif layers % pp:
         yield Problem(
-            f"{count(layers, 'layer')} cannot be shared out over {count(pp, 'pipeline stage')}",
+            f"{plural(layers, 'layer')} cannot be shared out over {plural(pp, 'pipeline stage')}",
             case.at("model.num_layers", PP),
             f"model.num_layers={nearest(layers, pp)}, or {PP}={nearest_divisors(layers, pp)}, or stages of your own with {LAYOUT}",
         )
@@ -54,7 +55,7 @@ def _layout(case: Case, layers: int, pp: int) -> Iterator[Problem]:
     yield from _empty_stages(case, stages)
     if len(stages) % pp:
         yield Problem(
-            f"the layout has {count(len(stages), 'stage')}, no multiple of PP {pp}",
+            f"the layout has {plural(len(stages), 'stage')}, no multiple of PP {pp}",
             case.at(LAYOUT, PP),
             f"{PP}={nearest_divisors(len(stages), pp)}, or a layout of {nearest(len(stages), pp)} stages",
         )
@@ -62,7 +63,7 @@ def _layout(case: Case, layers: int, pp: int) -> Iterator[Problem]:
         yield Problem("a layout has one E, at its beginning, and one L, at its end", case.at(LAYOUT), "such as 'Et*3|t*3L'")
     if flat.count("t") != layers:
         yield Problem(
-            f"the layout places {count(flat.count('t'), 'layer')}, and the model has {layers}",
+            f"the layout places {plural(flat.count('t'), 'layer')}, and the model has {layers}",
             case.at(LAYOUT, "model.num_layers"),
             f"a layout with {layers} times t, or model.num_layers={flat.count('t')}",
         )
@@ -93,14 +94,14 @@ def _uneven(case: Case, layers: int, pp: int) -> Iterator[Problem]:
         fixes = _other_counts(case, layers, stages)
         fixes += [f"{key}=null" for key in (FIRST, LAST) if case.value(key) is not None]
         yield Problem(
-            f"{count(left, 'layer')} {'is' if left == 1 else 'are'} left for the {count(stages, 'other stage')}",
+            f"{plural(left, 'layer')} {'is' if left == 1 else 'are'} left for the {plural(stages, 'other stage')}",
             case.at("model.num_layers", PP, FIRST, LAST),
             ", or ".join(fixes),
         )
     elif stages and left % stages:
         fixes = [f"model.num_layers={' or '.join(str(int(n) + sum(counts)) for n in nearest(left, stages).split(' or '))}"]
         yield Problem(
-            f"the {count(left, 'layer')} between the first and last stage cannot be shared out over {count(stages, 'stage')}",
+            f"the {plural(left, 'layer')} between the first and last stage cannot be shared out over {plural(stages, 'stage')}",
             case.at("model.num_layers", PP, FIRST, LAST),
             ", or ".join(_other_counts(case, layers, stages) + fixes),
         )
@@ -135,7 +136,7 @@ def interleaving(case: Case) -> Iterator[Problem]:
         per_stage = layers // pp
         if per_stage % per_virtual:
             yield Problem(
-                f"a stage's {count(per_stage, 'layer')} cannot be cut into virtual stages of {per_virtual}",
+                f"a stage's {plural(per_stage, 'layer')} cannot be cut into virtual stages of {per_virtual}",
                 case.at("model.num_layers", PP, VP),
                 f"{VP}={nearest_divisors(per_stage, per_virtual)}",
             )
@@ -198,7 +199,7 @@ def _uniform_chunks(case: Case, key: str) -> Iterator[Problem]:
     if uneven:
         fits = [d for d in divisors(gcd(*counts)) if d <= number]
         yield Problem(
-            f"{count(number, 'layer')} {'is' if number == 1 else 'are'} recomputed at once, and a stage has {' or '.join(map(str, uneven))}: that is no multiple",
+            f"{plural(number, 'layer')} {'is' if number == 1 else 'are'} recomputed at once, and a stage has {' or '.join(map(str, uneven))}: that is no multiple",
             case.at(key, "parallel.recompute_method", PP),
             f"{key}={fits[-1]}, or parallel.recompute_method=block",
         )

@@ -101,11 +101,6 @@ def beside(values: Collection[int], wanted: int) -> list[int]:
     return [*([max(below)] if below else []), *([min(above)] if above else [])]
 
 
-def count(number: int, noun: str) -> str:
-    """`1 process`, `2 processes`."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
-
-
 def nearest_divisors(value: int, wanted: int) -> str:
     """The divisors of `value` beside `wanted`: `2 or 4`."""
     return " or ".join(map(str, beside(divisors(value), wanted)))
