@@ -73,7 +73,7 @@ class Reference:
 
         from launcher.engine.lora import initial
 
-        self.model, weights = model, dict(model.named_parameters())
+        self.model, self.ids, weights = model, recipe.derived.vocab_size, dict(model.named_parameters())
         generator = torch.Generator().manual_seed(1)
         self.weights = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for n, p in weights.items()}
         self.a, self.b = {}, {}
@@ -108,17 +108,17 @@ class Reference:
         import torch
 
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapters.items()}
-        more = [{"labels": labels[None], "loss_mask": torch.ones(1, yuan2.TOKENS)} for _, labels, _ in yuan2.samples()]
-        losses = [self._call(leaves, ids, **one) for (ids, *_), one in zip(yuan2.samples(), more, strict=True)]
-        loss = sum(losses) / (yuan2.SAMPLES * yuan2.TOKENS)
+        logits = torch.cat([self._call(leaves, ids) for ids, *_ in yuan2.samples()]).flatten(0, 1)
+        labels = torch.cat([labels for _, labels, _ in yuan2.samples()])
+        loss = torch.nn.functional.cross_entropy(logits[:, : self.ids].float(), labels)  # rows that pad the vocabulary have no share
         loss.backward()
         return loss.item(), {name: leaf.grad for name, leaf in leaves.items()}
 
-    def _call(self, adapters, ids, **more):
+    def _call(self, adapters, ids):
         import torch
 
         inputs = ids[None], torch.arange(yuan2.TOKENS)[None], None
-        return torch.func.functional_call(self.model, self.merged(adapters), inputs, more)
+        return torch.func.functional_call(self.model, self.merged(adapters), inputs)
 
 
 def compared(recipe, state, expected):
