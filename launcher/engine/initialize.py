@@ -32,6 +32,7 @@ def initialize(recipe: Recipe) -> None:
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated)")
     from megatron.core import parallel_state, tensor_parallel
 
+    cpu_port.save_without_a_manager()
     parallel = recipe.parallel
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     torch.distributed.init_process_group(backend="nccl" if on_gpu else "gloo", timeout=timeout)

@@ -1,7 +1,7 @@
 """The ranks of one machine as processes: start, watch, forward signals, leave none behind.
 
 Why not torch's elastic agent: it signals a rank's whole process group, which kills the checkpoint writers that
-megatron-core spawns, so a SIGTERM during a save loses the save; on a second Ctrl-C it leaves ranks behind; after a
+megatron-core forks, so a SIGTERM during a save loses the save; on a second Ctrl-C it leaves ranks behind; after a
 failure its grace is as long as the one for saving; and importing it takes 3 s. What ranks get is the same:
 torchrun's environment variables.
 """

@@ -174,16 +174,6 @@ def test_ranks_die_with_a_killed_launcher_and_the_folder_is_free(tmp_path):
     assert run(tmp_path, "success")[0] == 0
 
 
-def test_what_the_ranks_spawned_dies_with_a_killed_launcher(tmp_path):
-    job, pids = training(tmp_path, "keeps_a_manager")
-    managers = [tmp_path / "manager_0", tmp_path / "manager_1"]
-    wait_for(*managers)
-    job.kill()
-    job.communicate()
-    assert all(gone(pid) for pid in pids)
-    assert all(gone(int(manager.read_text())) for manager in managers)
-
-
 def test_one_folder_takes_one_job_at_a_time(tmp_path):
     job, _ = training(tmp_path, "train")
     code, err = run(tmp_path, "train")

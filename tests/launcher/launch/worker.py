@@ -170,17 +170,6 @@ def leaves_a_child(folder, stop):
         raise RuntimeError("the boom")
 
 
-def keeps_a_manager(folder, stop):
-    """As megatron-core's checkpoint writer."""
-    import multiprocessing
-
-    manager = multiprocessing.get_context("spawn").Manager()
-    queue = manager.Queue()
-    queue.put(manager._process.pid)
-    (folder.path / f"manager_{RANK}").write_text(str(queue.get()))
-    time.sleep(1000)
-
-
 def meet(folder, stop):
     import torch
 
