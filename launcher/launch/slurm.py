@@ -27,6 +27,7 @@ from launcher.launch.torchrun import STOPPED
 from launcher.recipe.load import Loaded
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
+from launcher.whole import write_whole
 
 SCRIPT, RECIPE, JOB = "job.sh", "job.yaml", "job_id.txt"
 # A job gets these of its submitter's environment and those that slurm.environment names, and no others.
@@ -47,15 +48,15 @@ def submit(loaded: Loaded, folder: RunFolder, verb: str) -> str:
         fix = "submit from a machine of the cluster; --dry-run shows the script; launch.kind=torchrun runs it here"
         raise UserError("sbatch is not on the PATH: this machine has no Slurm", "launch.kind=slurm", fix)
     _refuse_queued(folder)
-    _write(folder.path / RECIPE, job_recipe(loaded))
+    write_whole(folder.path / RECIPE, job_recipe(loaded))
     path = folder.path / SCRIPT
-    _write(path, script(loaded.recipe, folder, verb))
+    write_whole(path, script(loaded.recipe, folder, verb))
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = done.stderr.strip() or f"exit code {done.returncode}"
         raise UserError(f"sbatch refused the job: {said}", str(path), "mend the keys of slurm.* and launch.* that it names")
     job = done.stdout.strip().split(";")[0]
-    _write(folder.path / JOB, job + "\n")
+    write_whole(folder.path / JOB, job + "\n")
     log = _log(folder).replace("%j", job)
     return "\n".join(
         [
@@ -193,9 +194,3 @@ def _refuse_queued(folder: RunFolder) -> None:
     if asked.returncode == 0 and state:  # a job that Slurm has forgotten is an error to squeue
         fix = f"wait for it, or take it back: scancel {job}, or start another run with run.name=NAME"
         raise UserError(f"this run is with Slurm already: job {job} is {state}", str(path), fix)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

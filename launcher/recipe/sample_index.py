@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from launcher.recipe import check_data, check_layout, check_model, check_schedul
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
+from launcher.whole import write_whole
 
 # What must be right for an index; the model, the memory and the machines have no part in it. (Where a share of the data
 # is empty, megatron-core counts its epochs for ever.)
@@ -92,9 +92,7 @@ def is_whole(note: Path) -> bool:
 
 def write_note(note: Path, files: list[Path]) -> None:
     """Say that these files, which lie beside the note, are the whole index."""
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps({path.name: path.stat().st_size for path in sorted(files)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, note)
+    write_whole(note, json.dumps({path.name: path.stat().st_size for path in sorted(files)}, indent=1) + "\n")
 
 
 def described(recipe: Recipe) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from launcher import console
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
+from launcher.whole import write_whole
 
 TRAIN_KEYS = (
     "iteration", "train_iters", "consumed_samples", "lm_loss", "learning_rate", "grad_norm", "loss_scale",
@@ -223,10 +224,7 @@ def _append(file: TextIO, record: dict[str, Any]) -> None:
 
 
 def _drop_after(path: Path, iteration: int, also: Callable[[dict], bool] = lambda record: False) -> list[dict[str, Any]]:
-    """Keep the lines of a .jsonl file up to `iteration`, and return them; a line torn by a kill goes, and what `also` says.
-
-    The file is written whole beside its name and renamed.
-    """
+    """Keep the lines of a .jsonl file up to `iteration`, and return them; a line torn by a kill goes, and what `also` says."""
     if not path.exists():
         return []
     kept, lines = [], []
@@ -238,9 +236,7 @@ def _drop_after(path: Path, iteration: int, also: Callable[[dict], bool] = lambd
         if record["iteration"] <= iteration and not also(record):
             kept.append(record)
             lines.append(line.rstrip("\n") + "\n")
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(lines))
     return kept
 
 

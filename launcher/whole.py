@@ -1,0 +1,12 @@
+"""Text files that are whole or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`: beside it first, then renamed, so that a reader sees a whole file or none."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
