@@ -48,7 +48,7 @@ class Model:
     swiglu: bool = False
     """Gated SiLU in the feed-forward layer instead of GELU."""
     openai_gelu: bool = False
-    """GELU by the tanh formula, as OpenAI's GPT-2 was trained, instead of the exact one."""
+    """GELU by the tanh formula, as OpenAI's GPT-2 was trained and as Megatron-LM's kernel that adds the bias has it, instead of the exact one."""
     add_bias_linear: bool = True
     """Biases in the linear layers (Megatron-LM: --disable-bias-linear turns them off)."""
     add_qkv_bias: bool = False
@@ -446,8 +446,7 @@ class Convert:
     num_layers_per_virtual_pipeline_stage: Optional[int] = None
     """torch: layers per virtual stage of what is written, several of which each pipeline rank has."""
     optimizer: Literal["none", "keep", "plain", "distributed"] = "none"
-    """Whether the training goes along, for a run to go on at another layout or format (torch_dist, torch): keep, with the
-    optimizer's state in the form that it has; plain, or distributed over data-parallel ranks. none: weights alone."""
+    """Whether the training goes along, for a run to go on at another layout or format (torch_dist, torch): keep, with the optimizer's state in the form that it has; plain, or distributed over data-parallel ranks. none: weights alone."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """torch: whose modules the names are of: megatron-core's own, or Transformer Engine's, in which norms are part of the next layer."""
     pai_release: Literal["v0.5", "v0.6"] = "v0.6"
