@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoints.folder import CheckpointError
+from checkpoints.folder import CheckpointError, read_object
 from checkpoints.recognise import RANK, recognise
 
 NOTE = "lora.json"
 SUFFIX = "_lora"  # of the adapters' module, behind the name of the matrix that it is of
 _WEIGHTS = (".distcp", ".safetensors", ".bin", ".pt", ".ckpt")
+_COPY = "the lora.json of another checkpoint of the same run says the same: copy it"
 _PIECES, _PIECE = 16, 1 << 16  # of each file 16 pieces of 64 KiB are looked at: another training changes every number
 
 
@@ -75,14 +76,13 @@ def read_note(checkpoint: Path) -> Adapters | None:
     path = checkpoint / NOTE
     if not path.is_file():
         return None
+    read = read_object(path, _COPY)
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
         note = Adapters(**read | {"target_modules": tuple(read["target_modules"])})
         if note.rank < 1 or not isinstance(note.alpha, (int, float)) or not isinstance(note.base, str):
             raise ValueError("a value of another kind than is written there")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{path} cannot be read: {type(error).__name__}: {error}"
-        raise CheckpointError(what, "the lora.json of another checkpoint of the same run says the same: copy it") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}", _COPY) from error
     return note
 
 

@@ -50,6 +50,7 @@ def open_source(
         CheckpointError: it is damaged, its format is not read, or something is not said that nobody should guess.
     """
     source = _opened(found, model, vocab_size, fused_layout, hf_config, states)
+    megatron.expect_plain(source.training, str(found.path))
     config = hf_config / "config.json" if hf_config else None
     source.reading = {
         "source_fused_layout": fused_layout, "hf_config": crc32(config.read_bytes()) if config and config.is_file() else None

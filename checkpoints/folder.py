@@ -62,6 +62,21 @@ def is_checkpoint(path: Path) -> bool:
     return bool(_NAME.fullmatch(path.name)) or path.name == RELEASE
 
 
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else; `fix` is the mend.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", fix) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no object", fix)
+    return found
+
+
 def manifest(folder: Path) -> dict[str, Any]:
     """What a conversion wrote beside the weights: empty where none did.
 
@@ -69,12 +84,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: what is there cannot be read, or is not of the form in which conversions write it.
     """
     path = folder / MANIFEST
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", _ASIDE) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no object", _ASIDE)
+    found = read_object(path, _ASIDE) if path.is_file() else {}
     if wrong := [key for key in ("model", "tensors", "left_out") if not isinstance(found.get(key, {}), dict)]:
         raise CheckpointError(f"{path} is damaged: its {wrong[0]} is no object", _ASIDE)
     if wrong := [name for name, one in found.get("tensors", {}).items() if not isinstance(one, dict)]:

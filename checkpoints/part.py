@@ -279,7 +279,7 @@ def _otherwise(mark: Path, plan: Mapping[str, Any]) -> str:
     try:
         other = json.loads(mark.read_text(encoding="utf-8"))
         then = {group: dict(other[group]) for group in plan}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "what is there says no plan that is known"
     now = json.loads(json.dumps(plan))
     for group, what in (("source", "{} has changed since"), ("options", "{} was {}, and is {}"), ("files", "{} is planned otherwise")):

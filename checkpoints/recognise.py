@@ -12,6 +12,7 @@ from checkpoints.folder import CheckpointError, newest_checkpoint
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _MINDSPORE_RANK = re.compile(r"rank_(0|[1-9]\d*)")
 QUANTIZED = ("torch_dist", "mindspore")  # formats that have int8 weights
+OPTIMIZER = "optim.pt"  # of Megatron-LM of early 2023: a share of the distributed optimizer's state, in a folder of its own
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")  # Megatron-LM's and Yuan's; Pai's of 2023 with the distributed optimizer
 
 
@@ -48,7 +49,7 @@ def recognise(path: Path) -> Found:
         return Found(folder, "hf", 1, 1, _size(folder))
     if (folder / "metadata.json").is_file():
         return Found(folder, "torch_dist", 1, 1, _size(folder))
-    if not any(RANK.fullmatch(one.name) for one in folder.iterdir()):
+    if not any(RANK.fullmatch(one.name) and not _is_optimizers(one) for one in folder.iterdir()):
         raise CheckpointError(f"{folder} is in no known format: neither metadata.json nor mp_rank_* is in it")
     return Found(folder, "torch", *_grid(folder), _size(folder))
 
@@ -77,7 +78,7 @@ def _is_whole(path: Path) -> bool:
 
 def _grid(folder: Path) -> tuple[int, int]:
     """TP and PP of a folder of mp_rank_TT[_PPP], each of which must hold its weights."""
-    ranks = [match for one in folder.iterdir() if (match := RANK.fullmatch(one.name))]
+    ranks = [match for one in folder.iterdir() if (match := RANK.fullmatch(one.name)) and not _is_optimizers(one)]
     tensor, pipeline = (1 + max(int(match[group] or 0) for match in ranks) for group in (1, 2))
     if any(match[2] for match in ranks):
         pipeline = max(pipeline, 2)  # of one stage alone none would be named
@@ -89,6 +90,12 @@ def _grid(folder: Path) -> tuple[int, int]:
             f"{folder} has no weights ({' or '.join(RANK_FILES)}) for {shown} of its {len(names)} ranks" + _instead(folder / missing[0]), "copy the missing ranks there"
         )
     return tensor, pipeline
+
+
+def _is_optimizers(rank: Path) -> bool:
+    """Whether a folder has no weights but a share of the distributed optimizer, as Megatron-LM of early 2023 kept them: behind the
+    rank's name stands a data-parallel rank, `mp_rank_00_000`, which could be a pipeline stage."""
+    return (rank / OPTIMIZER).is_file() and not any((rank / file).is_file() for file in RANK_FILES)
 
 
 def _instead(rank: Path) -> str:

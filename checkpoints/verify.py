@@ -11,7 +11,7 @@ import torch
 
 from checkpoints.files.stored import NAMES
 from checkpoints.formats.base import Source
-from checkpoints.formats.rank_files import raw_equal
+from checkpoints.formats.shares import raw_equal
 from checkpoints.models.gpt import SCALE
 from checkpoints.models.model import FREE
 from checkpoints.optimizer import group_decays

@@ -73,6 +73,9 @@ def make_target(source: Source, weights: Path, wanted: Wanted) -> Target:
             f"{wanted.to} has no weights in {source.model.quantize}: {' and '.join(QUANTIZED)} have",
             f"--to {' or '.join(QUANTIZED)}",
         )
+    if wanted.to not in BARE and (kind := types[source.tensors[0].name]) not in DTYPES.values():
+        what = f"{source.path} has weights of {kind}, and {wanted.to} is for training and answering in {', '.join(DTYPES)}"
+        raise CheckpointError(what, f"--dtype {' or '.join(DTYPES)}")
     stages = list(wanted.stages or even(source.model.num_layers, wanted.pipeline))
     state, model = _state(source, wanted, stages), replace(source.model, vocab_size=rows(source, wanted)) if source.state else source.model
     if wanted.to == "torch_dist":

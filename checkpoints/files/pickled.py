@@ -38,7 +38,7 @@ _CARRIED_NAMES = {
 
 _TENSORS = re.compile(r"torch\.\w+Storage|torch\._utils\._rebuild_(tensor_v2|parameter)|collections\.OrderedDict")
 _AGAIN = "copy or download it again"
-_DEEPEST = 64
+_DEEPEST, _MOST = 64, 10_000_000  # of what a file holds
 
 
 class Inert:
@@ -157,31 +157,38 @@ def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
         view = _View(file, offset, path.stat().st_size - offset if length is None else length)
         try:
             archive = zipfile.ZipFile(view)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # zipfile raises a dozen kinds
             if offset == 0 and _is_old(path):
                 return _read_old(path)
             raise CheckpointError(f"{path} is cut off or no file of torch.save: {error}", _AGAIN) from error
         try:
             root, places = _records(path, view, archive, offset)
             content = archive.read(f"{root}/data.pkl")
-        except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}", _AGAIN) from error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}", _AGAIN) from error
     found = _TorchUnpickler(io.BytesIO(content), path, places).read()
-    _expect_tree(found, path, set(), set())
+    _expect_tree(found, path, frozenset(), {})
     return found
 
 
-def _expect_tree(value: Any, path: Path, above: set[int], known: set[int]) -> None:
-    """Dictionaries, lists and settings end somewhere: none is deep, or holds itself."""
-    if isinstance(value, (dict, list, tuple, Namespace)):
-        if id(value) in above or len(above) > _DEEPEST:
-            what = f"a dictionary or list in it holds itself, or is nested more than {_DEEPEST} deep"
-            raise CheckpointError(f"{path} is damaged: {what}", _AGAIN)
+def _expect_tree(value: Any, path: Path, above: frozenset[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Dictionaries, lists and settings end somewhere: none is deep, holds itself, or holds others again and again until all of it
+    together is beyond reading. Gives how many parts a value has, and how deep it is."""
+    if not isinstance(value, (dict, list, tuple, Namespace)):
+        return 1, 0
+    if id(value) not in known:
         within = vars(value) if isinstance(value, Namespace) else value
-        for one in within.values() if isinstance(within, dict) else within:
-            if isinstance(one, (dict, list, tuple, Namespace)) and id(one) not in known:
-                _expect_tree(one, path, above | {id(value)}, known)
-        known.add(id(value))
+        endless = id(value) in above or len(above) > _DEEPEST
+        ones = () if endless else within.values() if isinstance(within, dict) else within
+        inner = [_expect_tree(one, path, above | {id(value)}, known) for one in ones]
+        parts, depth = 1 + sum(one for one, _ in inner), 1 + max((one for _, one in inner), default=0)
+        if endless or parts > _MOST or depth > _DEEPEST:
+            what = f"a dictionary or list in it holds itself, is nested more than {_DEEPEST} deep or has more than {_MOST:,} parts"
+            raise CheckpointError(f"{path} is damaged: {what}", _AGAIN)
+        known[id(value)] = parts, depth
+    return known[id(value)]
 
 
 def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tuple[str, dict[str, tuple[int, int]]]:
@@ -220,7 +227,7 @@ def _read_old(path: Path) -> Any:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}", _AGAIN) from error
-    _expect_tree(found, path, set(), set())
+    _expect_tree(found, path, frozenset(), {})
     return found
 
 

@@ -42,7 +42,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             found = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: the header cannot be read: {error}", _AGAIN) from error
     _check_places(path, found, 8 + length, size)
     return found

@@ -64,7 +64,6 @@ class Stored:
         flat = _elements(pages, self.dtype, self.nbytes // self.dtype.itemsize, self.offset - start)
         return flat.as_strided(self.shape, self.strides or contiguous(self.shape))
 
-
     def blocks(self, size: int) -> Iterator[Stored]:
         """It as several of at most `size` bytes, of a matrix some rows each, one after another."""
         if not self.shape or self.strides not in (None, contiguous(self.shape)) or self.nbytes <= size:

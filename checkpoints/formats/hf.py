@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import torch
 
 from checkpoints.files import pickled, safetensors
 from checkpoints.files.placed import Place
-from checkpoints.files.stored import NAMES, Stored, inside
+from checkpoints.files.stored import Stored, inside
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Piece, Readable, Source, Target
 from checkpoints.models.layout import Foreign
 from checkpoints.models.model import Model
-from checkpoints.models.published import FAMILIES, companions, foreign, model_of, read_config
+from checkpoints.models.published import FAMILIES, companions, foreign, model_of, read_config, weight_map
 from checkpoints.models.tensor import Tensor
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
@@ -103,12 +102,9 @@ def _tensors(folder: Path) -> tuple[dict[str, Readable], list[str]]:
 
 
 def _indexed(folder: Path, index: Path, read: Any) -> tuple[dict[str, Readable], list[str]]:
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = list(dict.fromkeys(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}", "download it again") from error
-    headers = {name: read(inside(folder, name, index)) for name in files}
+    places = weight_map(index)
+    paths = {str(name): inside(folder, name, index) for name in places.values()}
+    headers, files = {name: read(path) for name, path in paths.items()}, list(paths)
     found: dict[str, Readable] = {}
     for file, header in headers.items():
         for name, stored in header.items():
@@ -168,10 +164,9 @@ class HuggingFace(Target):
             write_json(self.folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": self._file_of})
         for name, path in self._beside.items():
             shutil.copy2(path, self.folder / name)
-        dtypes = {NAMES.get(dtype, str(dtype)) for dtype in self.dtypes.values()}
-        if len(dtypes) == 1:
-            key = "dtype" if "dtype" in self._config else "torch_dtype"  # transformers 5 reads both, 4 the latter
-            self._config[key] = re.sub(r"^torch\.", "", str(next(iter(self.dtypes.values()))))
+        if len(dtypes := set(self.dtypes.values())) == 1:
+            keys = [key for key in ("dtype", "torch_dtype") if key in self._config] or ["torch_dtype"]  # transformers 5 reads both, 4 the latter
+            self._config |= dict.fromkeys(keys, str(dtypes.pop()).removeprefix("torch."))
         write_json(self.folder / "config.json", self._config)
 
 

@@ -23,7 +23,7 @@ from checkpoints.files.stored import Buffer
 from checkpoints.folder import MANIFEST, CheckpointError, UnsaidError, manifest
 from checkpoints.formats.base import Piece, Readable, Source, Target
 from checkpoints.formats.hf import write_json
-from checkpoints.formats.rank_files import Shares, same
+from checkpoints.formats.shares import RANKS, Shares, expect_alike, same
 from checkpoints.models import gpt, mindformers
 from checkpoints.models.mindformers import Cut, Fused
 from checkpoints.models.model import Model
@@ -61,12 +61,11 @@ class _Copied:
             if not same(self.shares.shares[number % width], copy):
                 rank, other = self.first + width + number, self.first + number % width
                 what = f"rank_{rank} should hold a data-parallel copy of rank_{other}'s, and holds something else"
-                raise CheckpointError(f"{self.shares.tensor.name}: {what}", _RANKS)
+                raise CheckpointError(f"{self.shares.tensor.name}: {what}", RANKS)
         return self.shares.read()
 
 
 _TABLE, _WO = "model.tok_embeddings.embedding_weight", "attention.wo."
-_RANKS = "copy all ranks of one checkpoint, and no others, into one folder"
 _TABLES = (_TABLE, "lm_head.weight")
 
 
@@ -115,9 +114,12 @@ def open_source(folder: Path, model: Model | None = None, fused: Fused | None = 
     for at, stage in zip(range(0, len(ranks), len(stages[0])), stages, strict=True):
         if len(stage) > width:
             left_out[f"rank_{at + width} to {at + len(stage) - 1}"] = f"data-parallel copies of rank_{at} to {at + width - 1}"
-        for name, shares in _put_together(stage[:width], axes).items():
+        for name, shares in _put_together(folder, stage[:width], axes).items():
             copies = tuple(rank[name] for rank in stage[width:])
-            found[name] = _Copied(shares, copies, at) if copies else shares
+            whole = _Copied(shares, copies, at) if copies else shares
+            if name in found and not same(found[name], whole):
+                raise CheckpointError(f"{folder}: {name} is on two pipeline stages, and that of rank_{at} is not the one before", RANKS)
+            found[name] = whole
     if not model.vocab_size:
         model = replace(model, vocab_size=found[_TABLE].shape[0] if _TABLE in found else 1)
     table = mindformers.foreign(model, cut, scale)
@@ -153,7 +155,7 @@ def _stages(ranks: list[dict[str, Readable]]) -> list[list[dict[str, Readable]]]
     if any(len(stage) != len(stages[0]) for stage in stages):
         raise CheckpointError(
             f"the ranks' tensors are not those of pipeline stages: {', '.join(str(len(stage)) for stage in stages)} ranks hold the same",
-            _RANKS,
+            RANKS,
         )
     return stages
 
@@ -165,7 +167,7 @@ def _width(stage: Sequence[Rank], model: Model) -> int:
     if not columns or whole % columns or len(stage) % (whole // columns):
         raise CheckpointError(
             f"a rank has {columns} of the {whole} columns of attention.wo, and {len(stage)} ranks cannot hold the model so",
-            f"{_RANKS}; if they are, another config.json: --hf-config",
+            f"{RANKS}; if they are, another config.json: --hf-config",
         )
     return whole // columns
 
@@ -179,13 +181,14 @@ def _kind(folder: Path, names: set[str], fused_name: str, fused: Fused | None) -
     return fused
 
 
-def _put_together(stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict[str, Shares]:
+def _put_together(folder: Path, stage: Sequence[Rank], axes: Mapping[str, int | None]) -> dict[str, Shares]:
     """A stage's tensors, whole. Ranks may share out the vocabulary's tables or hold all of them, whatever the sizes: of one
     table they hold the same first row, of shares each another."""
     found: dict[str, Shares] = {}
     for name, one in stage[0].items():
         shares = tuple(rank[name] for rank in stage)
-        whole = name in _TABLES and all(torch.equal(share.read()[:1], one.read()[:1]) for share in shares)
+        expect_alike(folder, name, shares)
+        whole = name in _TABLES and len(one.shape) == 2 and all(torch.equal(share.read()[:1], one.read()[:1]) for share in shares)
         found[name] = Shares(Tensor(name, one.shape, None if whole else axes.get(name)), shares)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,75 +23,22 @@ from checkpoints.formats import hf
 from checkpoints.formats.base import Readable, Source
 from checkpoints.formats.dialects import core, pai, unfused, yuan
 from checkpoints.formats.rank_states import FLAT, bucket_of, read_states
+from checkpoints.formats.shares import RANKS, Shares, expect_alike, same
 from checkpoints.models import legacy, megatron, published
 from checkpoints.models.layout import Foreign
 from checkpoints.models.model import Model
 from checkpoints.models.tensor import Tensor
 from checkpoints.optimizer import KINDS, PREFIX, NoStateError, TrainingState, read_state, with_rows, with_states
-from checkpoints.recognise import RANK_FILES
+from checkpoints.recognise import OPTIMIZER, RANK_FILES
 
 _LAYER = re.compile(r"((?:^|.*\.)layers\.)(\d+)(\..*)")
 _OF_TRAINING = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 _ALONE = "the training's: weights alone are converted, unless --optimizer keep"
-_RANKS = "copy all ranks of one checkpoint, and no others, into one folder"
-_BLOCK = 64 << 20  # bytes that are compared at a time
 
 
 def rank_name(tensor: int, stage: int, stages: int) -> str:
     """The folder of a rank: `mp_rank_TT`, with `_PPP` behind it where there are several stages."""
     return f"mp_rank_{tensor:02d}" + (f"_{stage:03d}" if stages > 1 else "")
-
-
-@dataclass(frozen=True)
-class Shares:
-    """A tensor of which each tensor-parallel rank has a share, or, where `tensor.axis` is None, all."""
-
-    tensor: Tensor
-    shares: tuple[Readable, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        axis = self.tensor.axis
-        return tuple(size * (len(self.shares) if number == axis else 1) for number, size in enumerate(self.shares[0].shape))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.shares[0].dtype
-
-    def read(self) -> torch.Tensor:
-        """The whole.
-
-        Raises:
-            CheckpointError: ranks that should all hold the same hold something else.
-        """
-        if self.tensor.axis is None:
-            if other := [str(rank) for rank, share in enumerate(self.shares) if rank and not same(self.shares[0], share)]:
-                raise CheckpointError(
-                    f"{self.tensor.name} should be the same on every tensor-parallel rank, and rank {' and '.join(other)}'s is not rank 0's", _RANKS
-                )
-            return self.shares[0].read()
-        return self.tensor.join([share.read() for share in self.shares])
-
-
-def same(one: Readable, other: Readable) -> bool:
-    """Whether two tensors have the same bytes; of those in files a block is in memory at a time."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return all(raw_equal(a, b) for a, b in zip(_blocks(one), _blocks(other), strict=True))
-
-
-def raw_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one type and shape have the same bits: NaN is itself here, and 0 is not -0."""
-    flat = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
-    whole = len(flat[0]) // 8 * 8
-    in_eights = all(tensor.data_ptr() % 8 == 0 for tensor in flat)  # four times as fast
-    fast = [tensor[:whole].view(torch.int64) if in_eights else tensor[:whole] for tensor in flat]
-    return torch.equal(*fast) and torch.equal(*(tensor[whole:] for tensor in flat))
-
-
-def _blocks(one: Readable) -> Iterator[torch.Tensor]:
-    for block in one.blocks(_BLOCK) if isinstance(one, Stored) else [one]:
-        yield block.read()
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -108,6 +55,8 @@ class _Found:
         self.layers: list[int] = []  # of each part of the model, in the order in which it computes
         grid = [[self._rank(rank_name(t, p, pipeline)) for t in range(tensor)] for p in range(pipeline)]
         self.grid = grid
+        if any(folder.glob(f"mp_rank_*/{OPTIMIZER}")):
+            self.left_out[OPTIMIZER] = "the optimizer's of a Megatron-LM of early 2023, which is not carried"
         if states and not {"optimizer", FLAT} & self.left_out.keys():
             raise NoStateError(f"{folder} holds no optimizer's state", "leave out --optimizer, for the weights alone")
         self.settings = vars(grid[0][0]["args"]) if isinstance(grid[0][0].get("args"), Namespace) else {}
@@ -116,7 +65,7 @@ class _Found:
         counts = {len(_models(rank)) for stage in grid for rank in stage}
         if len(counts) > 1:
             several = " and ".join(map(str, sorted(counts)))
-            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {several} parts of the model", _RANKS)
+            raise CheckpointError(f"{folder}: its ranks are not of one checkpoint, they hold {several} parts of the model", RANKS)
         parts = [[self._parts(rank, t, p) for t, rank in enumerate(stage)] for p, stage in enumerate(grid)]
         for part in range(counts.pop()):
             for p, stage in enumerate(parts):
@@ -163,11 +112,11 @@ class _Found:
     def _one(self, ranks: list[dict[str, Any]], key: str, unsaid: Any) -> Any:
         """A number that the files of all ranks should have alike."""
         if not all(isinstance(rank.get(key, unsaid), (int, float)) for rank in ranks):
-            raise CheckpointError(f"{self.folder} is damaged: {key} is no number", _RANKS)
+            raise CheckpointError(f"{self.folder} is damaged: {key} is no number", RANKS)
         if len(found := {rank.get(key, unsaid) for rank in ranks}) > 1:
             raise CheckpointError(
                 f"{self.folder}: its ranks are not of one checkpoint, they say {key} {' and '.join(sorted(map(str, found)))}",
-                _RANKS,
+                RANKS,
             )
         return found.pop()
 
@@ -178,7 +127,7 @@ class _Found:
         for name in dict.fromkeys(name for rank in ranks for name in rank):
             if lacking := [t for t, rank in enumerate(ranks) if name not in rank]:
                 where = " and ".join(rank_name(t, stage, self.pipeline) for t in lacking)
-                raise CheckpointError(f"{self.folder}: {where} has no {name}, which other tensor-parallel ranks have", _RANKS)
+                raise CheckpointError(f"{self.folder}: {where} has no {name}, which other tensor-parallel ranks have", RANKS)
             match = _LAYER.fullmatch(name)
             whole = f"{match[1]}{int(match[2]) + before}{match[3]}" if match else name
             self._take(whole, stage, [rank[name] for rank in ranks])
@@ -191,15 +140,13 @@ class _Found:
             self.left_out[name] = "no tensor"
         else:
             shares = tuple(value if isinstance(value, Stored) else hf.InMemory(value) for value in values)
-            if any(share.shape != shares[0].shape or share.dtype != shares[0].dtype for share in shares):
-                kinds = ", ".join(f"{list(share.shape)} {share.dtype}" for share in shares)
-                raise CheckpointError(f"{self.folder}: {name} is not of one kind on all tensor-parallel ranks: {kinds}", _RANKS)
+            expect_alike(self.folder, name, shares)
             if name not in self.shares:
                 self.shares[name] = shares
             elif _all_same(shares, self.shares[name]):
                 self.left_out[f"{name} of stage {stage}"] = "a copy of an earlier stage's"
             else:
-                raise CheckpointError(f"{self.folder}: {name} is on two stages, and stage {stage}'s differs from the one before", _RANKS)
+                raise CheckpointError(f"{self.folder}: {name} is on two stages, and stage {stage}'s differs from the one before", RANKS)
 
 
 def _no_weight(name: str) -> str:
@@ -333,7 +280,7 @@ def _leave_copies(found: _Found, model: Model) -> None:
         if original is None:
             raise CheckpointError(
                 f"{found.folder}: {name} should be a copy of {' or '.join(originals)}, and is not",
-                f"{_RANKS}; if the two are meant, untie_embeddings_and_output_weights has to be true in its args",
+                f"{RANKS}; if the two are meant, untie_embeddings_and_output_weights has to be true in its args",
             )
         found.left_out[name] = f"a copy of {original}"
         for begin in (f"{PREFIX}{kind}." for kind in KINDS if f"{PREFIX}{kind}.{name}" in found.shares):

@@ -13,7 +13,6 @@ Those of all layers are one tensor, stacked [layer, ...].
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored, inside
-from checkpoints.folder import CheckpointError
+from checkpoints.folder import CheckpointError, read_object
 from checkpoints.formats.base import Readable, Source, by_own_names
 from checkpoints.formats.dist_states import key_of_state, state_in
 from checkpoints.models.model import Model
@@ -112,10 +111,7 @@ def open_source(folder: Path, model: Model, states: bool = False) -> Source:
     Raises:
         CheckpointError: it is damaged, or does not hold this model; a NoStateError where it holds no optimizer.
     """
-    try:
-        backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/metadata.json cannot be read: {type(error).__name__}: {error}", _AGAIN) from error
+    backend = read_object(folder / "metadata.json", _AGAIN).get("sharded_backend")
     if backend != "torch_dist":
         raise CheckpointError(f"{folder} is in megatron-core's format {backend!r}, and torch_dist is read", "save it with --ckpt-format torch_dist")
     known = _known(folder)

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.folder import UnsaidError
+from checkpoints.folder import CheckpointError, UnsaidError
 from checkpoints.models.config import number, shared, whole
 from checkpoints.models.model import Model
+from checkpoints.models.tensor import padded
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +32,15 @@ def model_of(args: Mapping[str, Any], where: str, **more: Any) -> Model:
         "norm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon"),
         "rotary_base": int(number(args.get("rotary_base") or 10000, "rotary_base", where)),
         "num_layers": args.get("num_layers"),
+        "openai_gelu": tanh_gelu(args),
     }
     derived["num_query_groups"] = derived["num_query_groups"] or heads
     return Model.of({**args, **{key: value for key, value in derived.items() if value is not None}}, where, **more)
+
+
+def tanh_gelu(args: Mapping[str, Any]) -> bool:
+    """Whether GELU is the tanh formula: Megatron-LM's kernel that adds the bias too is, whatever --openai-gelu says."""
+    return bool(args.get("openai_gelu") or args.get("bias_gelu_fusion") and not args.get("swiglu"))
 
 
 def _channels(args: Mapping[str, Any], where: str) -> int:
@@ -53,7 +60,7 @@ def model_with_ids(args: Mapping[str, Any], where: str, vocab_size: int | None) 
     Raises:
         CheckpointError: the settings do not say it either, or something else is missing.
     """
-    ids = vocab_size or args.get("vocab_size")
+    ids = vocab_size or _ids(args)
     if args and not ids:
         rows = args.get("padded_vocab_size")
         raise UnsaidError(
@@ -61,6 +68,37 @@ def model_with_ids(args: Mapping[str, Any], where: str, vocab_size: int | None) 
             "--vocab-size N, as its tokenizer has",
         )
     return model_of(args, where, vocab_size=ids)
+
+
+def _ids(args: Mapping[str, Any]) -> Any:
+    """Ids before padding, where settings say it. Of Megatron-LM's own `--vocab-size` the tokenizer makes what it likes: it is
+    believed where it was padded to the rows that there are. NullTokenizer's end of document comes besides."""
+    said, rows = args.get("vocab_size"), args.get("padded_vocab_size")
+    if "family" in args or not all(type(one) is int and one > 0 for one in (said, rows)):
+        return said
+    ids = said + (args.get("tokenizer_type") == "NullTokenizer")
+    multiple = (args.get("make_vocab_size_divisible_by") or 128) * (args.get("tensor_model_parallel_size") or 1)
+    return ids if padded(ids, multiple) == rows else None
+
+
+# Settings with which the same tensors compute something else, under Megatron-LM's names; beside null and false what means nothing.
+_OTHERWISE = {
+    "apply_layernorm_1p": None, "apply_residual_connection_post_layernorm": None, "squared_relu": None, "rotary_interleaved": None,
+    "rotary_seq_len_interpolation_factor": 1, "qk_l2_norm": None, "window_size": None, "no_rope_freq": None, "softmax_type": "vanilla",
+    "glu_linear_offset": None, "activation_func_clamp_value": None,
+}  # fmt: skip
+
+
+def expect_plain(settings: Mapping[str, Any], where: str) -> None:
+    """A training's settings ask for nothing that no model here computes, and that its tensors do not show.
+
+    Raises:
+        CheckpointError: naming every one that does.
+    """
+    wrong = [f"{key} {settings[key]}" for key, plain in _OTHERWISE.items() if settings.get(key) not in (None, False, plain)]
+    if wrong:
+        what = f"{where} was trained with {', '.join(wrong)}, which neither the engine nor the other formats compute"
+        raise CheckpointError(what, "leave it with the program that trained it: here it would answer otherwise")
 
 
 def args_of(model: Model, rows: int, dtypes: Iterable[torch.dtype], **more: Any) -> Namespace:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from checkpoints.folder import CheckpointError
+from checkpoints.folder import CheckpointError, read_object
 from checkpoints.models import gpt2, llama, yuan2
 from checkpoints.models.layout import Foreign
 from checkpoints.models.model import FREE, Model
@@ -30,14 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "copy or download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no object", "copy or download it again")
-    return config
+    return read_object(folder / "config.json", "copy or download it again")
 
 
 def model_of(config: Mapping[str, Any], where: str) -> Model:
@@ -131,7 +123,16 @@ def expect_whole(folder: Path) -> None:
 
 
 def _named_in(index: Path) -> set[str]:
-    try:
-        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}", "download it again") from error
+    return set(map(str, weight_map(index).values()))
+
+
+def weight_map(index: Path) -> dict[str, Any]:
+    """Which file holds which tensor, by an index: whatever it names as files.
+
+    Raises:
+        CheckpointError: it says no such thing.
+    """
+    places = read_object(index, "download it again").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map of tensors to files", "download it again")
+    return places

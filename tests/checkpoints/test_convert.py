@@ -109,6 +109,12 @@ def header(path, change) -> None:
     path.write_bytes(raw[:8] + json.dumps(content, separators=(",", ":")).encode().ljust(size)[:size] + raw[8 + size :])
 
 
+def endless(path) -> None:
+    """A header that begins lists and ends none."""
+    raw = b"[" * 100_000
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+
+
 def move(name: str, by: int):
     def change(content: dict) -> None:
         content[name]["data_offsets"] = [place + by for place in content[name]["data_offsets"]]
@@ -135,6 +141,8 @@ BROKEN = {
     "another activation": (lambda f: write(f, LLAMA | {"hidden_act": "gelu"}, llama_tensors()), "no hidden_act='gelu'"),
     "another scaling": (lambda f: write(f, LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, llama_tensors()), "no rope_type='yarn'"),
     "no config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "a config without an end": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
+    "a header without an end": (lambda f: endless(f / "model.safetensors"), "the header cannot be read"),
     "a program": (lambda f: torch.save({"x": Evil()}, f / "pytorch_model.bin"), "eval, which .*nothing of it was run"),
     "cut off": (lambda f: cut(f / "model.safetensors", 5000), "model.safetensors is cut off"),
     "a header cut off": (lambda f: cut(f / "model.safetensors", 500), "header does not fit"),
@@ -165,6 +173,17 @@ def test_numbers_too_large_for_the_new_type(tmp_path):
         convert(folder, tmp_path / "out", "--dtype", "fp16")
     with pytest.raises(UserError, match="hf is there already"):
         convert(tmp_path / "out", folder)
+
+
+def test_numbers_of_64_bits_need_a_type_to_train_in(tmp_path):
+    source = write(tmp_path / "hf", LLAMA | {"dtype": "float64", "torch_dtype": "float64"}, {name: one.double() for name, one in llama_tensors().items()})
+    with pytest.raises(UserError, match="weights of torch.float64, and torch_dist is for") as told:
+        convert(source, tmp_path / "ours")
+    assert told.value.fix == "--dtype fp32 or bf16 or fp16"
+    convert(source, tmp_path / "ours", "--dtype", "fp32")
+    convert(source, tmp_path / "back", "--to", "hf", "--dtype", "bf16")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
 def test_damage_in_torch_dist_is_told(tmp_path):

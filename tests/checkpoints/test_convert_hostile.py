@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import metadata
 from checkpoints.files import pickled
 from checkpoints.files.stored import Stored
 from checkpoints.folder import CheckpointError
-from checkpoints.formats import hf, torch_dist
+from checkpoints.formats import hf, shares, torch_dist
 from checkpoints.models import megatron
 from checkpoints.part import Part, expect_free
 from checkpoints.verify import compare
@@ -64,6 +64,22 @@ def archive(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED) -
     return path
 
 
+def shared(count: int) -> dict:
+    """Each dictionary holds the one before twice: 2^count parts."""
+    value: dict = {}
+    for _ in range(count):
+        value = {"a": value, "b": value}
+    return value
+
+
+def deep(count: int) -> list:
+    """Each list holds the one before, which is read first."""
+    found: list[list] = [[]]
+    for _ in range(count):
+        found.append([found[-1]])
+    return found
+
+
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nByteStorage\nS'0'\nS'cpu'\nI16\ntQI0\n(I16\nt(I1\ntI00\nNtR"
 
 
@@ -75,6 +91,8 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nByteStorage\
         (b"cargparse\nNamespace\n(N(dS'__contains__'\nI1\nstb.", "damaged"),
         (b"ccollections\nOrderedDict\n(N(dS'items'\nI1\nstb.", "damaged"),
         (b"(dp0\nS'a'\ng0\ns.", "holds itself"),
+        (pickle.dumps(shared(40)), "more than 10,000,000 parts"),  # of 40 dictionaries
+        (pickle.dumps(deep(100)), "more than 64 deep"),
         (TENSOR.replace(b"(I16\nt(I1", b"(F16.0\nt(I1") + b".", "no number"),
     ],
 )
@@ -85,11 +103,32 @@ def test_pickles_that_change_what_they_were_given(tmp_path, program, reason):
     assert dict(vars(Namespace)) == before
 
 
+@pytest.mark.parametrize("change", [
+    lambda content, at: content[: at + 20] + b"\xff\xff\xff\0" * 2 + content[at + 28 :],  # its size: 16 MB
+    lambda content, at: content[: at + 8] + b"\1" + content[at + 9 :],  # encrypted
+    lambda content, at: content[: at + 9] + b"\x08" + content[at + 10 : at + 46] + b"\xff" + content[at + 47 :],  # a name that is no UTF-8
+])
+def test_an_archive_whose_list_lies(tmp_path, change):
+    path = archive(tmp_path / "x.pt", TENSOR + b".")
+    content = path.read_bytes()
+    path.write_bytes(change(content, content.index(b"PK\1\2")))
+    with pytest.raises(CheckpointError, match="x.pt is (damaged|cut off)"):
+        pickled.read(path)
+
+
 def test_a_tensor_of_that_form_is_read_where_it_lies(tmp_path):
     found = pickled.read(archive(tmp_path / "x.pt", TENSOR + b"."))
     assert isinstance(found, Stored) and found.path == tmp_path / "x.pt" and found.read().tolist() == [0] * 16
     with pytest.raises(CheckpointError, match="is compressed"):
         pickled.read(archive(tmp_path / "y.pt", TENSOR + b".", zipfile.ZIP_DEFLATED))
+
+
+def test_copies_are_compared_however_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr(shares, "_BLOCK", 16)
+    one = torch.arange(40.0).view(8, 5)
+    torch.save({"rows": one, "columns": one.t().contiguous().t(), "other": one + 1}, tmp_path / "x.pt")
+    found = pickled.read(tmp_path / "x.pt")
+    assert shares.same(found["rows"], found["columns"]) and not shares.same(found["other"], found["columns"])
 
 
 def test_an_old_file_with_more_than_tensors_is_told_in_our_words(tmp_path):

@@ -140,6 +140,11 @@ def test_a_training_of_two_stages_and_two_replicas(tmp_path):
     found = source(fixtures.write(tmp_path / "differ", ranks, config(4, 4, 40)))
     with pytest.raises(CheckpointError, match="layers.2.attention.wq.weight: rank_7 should hold a data-parallel copy of rank_5's"):
         convert(found, tmp_path / "to", Wanted("hf"), lambda weights: None)
+    table = "model.tok_embeddings.embedding_weight"
+    for number in range(4, 8):  # a tied table may be on both stages
+        ranks[number][table] = ranks[number - 4][table] + 1
+    with pytest.raises(CheckpointError, match=f"{table} is on two pipeline stages, and that of rank_4"):
+        source(fixtures.write(tmp_path / "tied", ranks, config(4, 4, 40)))
 
 
 def test_the_file_with_the_highest_number_is_the_ranks(tmp_path):
@@ -176,6 +181,14 @@ def test_what_the_manifest_says_of_the_layout(tmp_path):
         (path / "conversion.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
             source(path, fused_layout="concat")
+
+
+def test_shares_of_several_shapes(tmp_path):
+    ranks = [rank(parts(), "separate", number, 2) for number in range(2)]
+    name = "model.layers.0.attention.wq.weight"
+    ranks[1][name] = torch.cat([ranks[1][name]] * 2)
+    with pytest.raises(CheckpointError, match=f"{name} is not of one kind on all tensor-parallel ranks"):
+        source(fixtures.write(tmp_path / "ms", ranks, config(4, 4, 40)))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -339,3 +339,18 @@ def test_rows_beyond_the_ids_are_asked_for(tmp_path):
         source(tmp_path / "release")
     assert source(tmp_path / "release", vocab_size=132).model.vocab_size == 132
     assert "2 rows that pad" in source(tmp_path / "release", vocab_size=130).left_out["language_model.embedding.word_embeddings.weight[130:]"]
+
+
+def test_what_settings_say_of_the_vocabulary_and_of_other_models(tmp_path):
+    """Megatron-LM's --vocab-size is before the end of a document, and may be of no meaning; a norm may count from 1."""
+
+    def settings(name: str, **more):
+        fixtures.write(tmp_path / name / "release", fixtures.parts(2), "core", 1, EVEN, False, CORE | {"padded_vocab_size": ROWS, "make_vocab_size_divisible_by": 12} | more)
+        return source(tmp_path / name / "release")
+
+    assert settings("null", vocab_size=129, tokenizer_type="NullTokenizer").model.vocab_size == 130
+    assert settings("other", vocab_size=129, tokenizer_type="TikTokenizer").model.vocab_size == 129
+    with pytest.raises(CheckpointError, match="padded to 132 rows.* --vocab-size"):
+        settings("stale", vocab_size=100, tokenizer_type="Llama2Tokenizer")
+    with pytest.raises(CheckpointError, match="was trained with apply_layernorm_1p True, rotary_interleaved True, which"):
+        settings("norm", apply_layernorm_1p=True, rotary_interleaved=True, rotary_seq_len_interpolation_factor=1.0, softmax_type="vanilla")

@@ -30,6 +30,14 @@ def test_one_file_per_rank(tmp_path, tensor, pipeline, name, file):
         recognise(tmp_path)
 
 
+def test_the_distributed_optimizer_of_early_2023_is_no_stage(tmp_path):
+    """Megatron-LM 23.04, and so Pai's v0.5: of one stage the optimizer's folders are named as stages are."""
+    write(*(tmp_path / "release" / f"mp_rank_{t:02d}" / "model_rng.pt" for t in range(2)))
+    write(*(tmp_path / "release" / f"mp_rank_{t:02d}_{d:03d}" / "optim.pt" for t in range(2) for d in range(4)))
+    found = recognise(tmp_path / "release")
+    assert (found.tensor, found.pipeline) == (2, 1)
+
+
 def test_the_other_formats(tmp_path):
     write(tmp_path / "run/checkpoints/iter_0000002/metadata.json")
     (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("2")
