@@ -51,7 +51,8 @@ Any value of a recipe is set by key=value, such as training.train_iters=100.
 
 
 class Verb(typer.core.TyperCommand):
-    """Help that calls an argument what its metavar says: typer puts brackets around that and Python's type behind it."""
+    """A verb whose help calls an argument what its metavar says (typer puts brackets around that and Python's type behind it), and
+    which knows what an option that it has not was meant to be."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -62,6 +63,27 @@ class Verb(typer.core.TyperCommand):
             else:
                 typed = one.display_type_rich
                 vars(one).update(display_type_rich=lambda ctx, typed=typed: TYPES.get(typed(ctx), typed(ctx)))
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # click's NoSuchOption: in whose module it is depends on typer's version
+            if not hasattr(error, "possibilities"):
+                raise
+            raise UserError(f"no such option: {error.option_name}", "command line", self._meant(ctx, error)) from None
+
+    def _meant(self, ctx: typer.Context, error: Any) -> str:
+        """What to write instead: an option of a similar name, or the recipe's key that one of Megatron-LM's options is here."""
+        from launcher.recipe.keys import suggest
+
+        if error.possibilities:
+            return f"did you mean {' or '.join(sorted(error.possibilities))}?"
+        if any("KEY=VALUE" in (one.metavar or "") for one in self.params):
+            if error.option_name == "--recipe":
+                return "did you mean recipe=NAME?"
+            if (meant := suggest(error.option_name.lstrip("-"))).startswith("did"):
+                return f"values of a recipe are words without dashes, such as training.seed=1; {meant}"
+        return f"`{ctx.command_path} --help` lists them"
 
 
 class InStoryOrder(typer.core.TyperGroup):

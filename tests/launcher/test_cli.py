@@ -88,6 +88,21 @@ def test_a_wrong_verb_gets_a_suggestion(tmp_path):
     assert run.returncode == 2 and "Did you mean 'pretrain'?" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "meant"),
+    [
+        ("pretrain --dryrun", "--dryrun", "did you mean --dry-run?"),
+        ("pretrain --train-iters 5", "--train-iters", "training.seed=1; did you mean training.train_iters?"),
+        ("check --recipe=345m", "--recipe", "did you mean recipe=NAME?"),
+        ("recipes list --nothing", "--nothing", "`yuan recipes list --help` lists them"),
+    ],
+)
+def test_an_option_that_is_none_is_told_as_what_it_was_meant(words, option, meant):
+    with pytest.raises(UserError) as told:
+        typer.main.get_command(app)(words.split(), prog_name="yuan", standalone_mode=False)
+    assert told.value.what == f"no such option: {option}" and told.value.fix.endswith(meant)
+
+
 def test_mistakes_are_plain_lines_and_exit_code_2(tmp_path):
     run = yuan("recipes", "show", "345m_1dp", "training.train_itres=1", "seed=2", cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""
