@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 import launcher.workers
+from launcher.commands.pretrain import warn
 from launcher.errors import UserError, raise_all
 from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import Loaded
@@ -72,7 +73,7 @@ def generate(
     checkpoint, passed = find_checkpoint(loaded)
     found = " (the newest)" if loaded.recipe.generate.load is None else ""
     recipe, sources = inference_recipe(loaded, checkpoint)
-    ensure(Loaded(recipe, sources, loaded.name), "generate")
+    warn(ensure(Loaded(recipe, sources, loaded.name), "generate"))
     for line in passed:
         typer.echo(f"warning: passed over: {line}", err=True)
     if recipe.tokenizer.type == "NullTokenizer":
