@@ -21,7 +21,8 @@ from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
 from launcher.recipe.check_data import parse_shard
-from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, open_checkpoint, own_recipe, recipe_for, source_fused
+from launcher.recipe.converted import TokenizerFound, agree, find_tokenizer, open_checkpoint, recipe_for, source_fused
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.pipeline import stages_asked
 from launcher.recipe.schema import Recipe, Tokenizer

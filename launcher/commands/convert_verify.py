@@ -13,7 +13,8 @@ from checkpoints.recognise import Found, recognise
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
 from launcher.recipe.check_conversion import TRAINED
-from launcher.recipe.converted import open_checkpoint, own_recipe, source_fused
+from launcher.recipe.converted import open_checkpoint, source_fused
+from launcher.recipe.frozen import own_recipe
 
 if TYPE_CHECKING:  # it imports torch
     from checkpoints.formats.base import Source

@@ -13,7 +13,8 @@ from checkpoints.recognise import Found, recognise
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
-from launcher.recipe.converted import find_tokenizer, open_checkpoint, own_recipe, source_fused
+from launcher.recipe.converted import find_tokenizer, open_checkpoint, source_fused
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # it imports torch

@@ -19,7 +19,7 @@ from launcher.launch.torchrun import STOPPED, launch
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import ensure
 from launcher.recipe.check_run import complete
-from launcher.recipe.frozen import read_frozen
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.problem import Problem
 from launcher.recipe.resolve import keep_padded_vocabulary
 from launcher.recipe.sample_index import described
@@ -135,14 +135,10 @@ def _trained_padding(recipe: Recipe) -> int | None:
         start = checkpoint_in(Path(recipe.checkpoint.load))
     if start is None or recipe.derived.vocab_size is None:
         return None
-    if not (start / "recipe.yaml").is_file():  # another tool's, padded as it would be if it were converted first
-        return padded(recipe.derived.vocab_size, recipe.model.make_vocab_size_divisible_by)
-    try:
-        return read_frozen(start / "recipe.yaml").derived.padded_vocab_size
-    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
-        what = f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}"
-        fix = "another version of yuan may have written it; start another run with run.name=NAME"
-        raise UserError(what, str(start), fix) from error
+    if own := own_recipe(start):
+        return own.derived.padded_vocab_size
+    # Another tool's, padded as it would be if it were converted first.
+    return padded(recipe.derived.vocab_size, recipe.model.make_vocab_size_divisible_by)
 
 
 def _say_what_is_there(folder: RunFolder, recipe: Recipe) -> bool:

@@ -30,7 +30,7 @@ from launcher.engine.optimizer_state import METADATA
 from launcher.engine.sharded import ShardedDataParallel
 from launcher.engine.train import Best, Pending, TrainState
 from launcher.recipe.converted import model_of
-from launcher.recipe.frozen import read_frozen, write_frozen
+from launcher.recipe.frozen import own_recipe, write_frozen
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -132,7 +132,7 @@ def same_layout(recipe: Recipe, checkpoint: Path) -> bool:
     """Whether the checkpoint was saved at this recipe's TP and PP, and on its kind of device, and holds its random numbers."""
     if "rng_state" in folders.manifest(checkpoint).get("left_out", {}):
         return False
-    saved = _saved_recipe(checkpoint)
+    saved = own_recipe(checkpoint)
     if saved is None:
         here = (recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size)
         return foreign.grid(checkpoint) == here
@@ -278,11 +278,6 @@ def _read(recipe: Recipe, state: TrainState, checkpoint: Path, with_optimizer: b
         raise
     except (OSError, RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _saved_recipe(checkpoint: Path) -> Recipe | None:
-    path = checkpoint / "recipe.yaml"
-    return read_frozen(path) if path.is_file() else None
 
 
 # ---- torch_dist ------------------------------------------------------------------------------------------------------

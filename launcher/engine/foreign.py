@@ -27,7 +27,8 @@ from checkpoints.recognise import recognise
 from launcher.engine.lora import is_adapter
 from launcher.engine.model import unwrap
 from launcher.engine.sharded import ShardedDataParallel
-from launcher.recipe.converted import model_of, own_recipe, source_fused
+from launcher.recipe.converted import model_of, source_fused
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.schema import Recipe
 
 # What the settings in a checkpoint say and the shapes of its tensors do not; these where there are rotary embeddings.

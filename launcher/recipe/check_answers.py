@@ -12,6 +12,7 @@ from checkpoints.beside import beside
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import checkpoint_in, recognise
 from launcher.recipe.check_checkpoint import another_model
+from launcher.recipe.inference import describes_model
 from launcher.recipe.problem import Case, Problem
 
 _EXAMPLE = '{"query": "What is a list?"}'
@@ -26,7 +27,7 @@ def checkpoint(case: Case) -> Iterator[Problem]:
         if not (found / "recipe.yaml").is_file():
             config = case.recipe.convert.hf_config
             said = beside(recognise(found), Path(config) if config else None)
-            if said.model is not None:
+            if said.model is not None and describes_model(case):
                 yield from another_model(case, said, "generate.load")
         find_bases(found)
     except CheckpointError as error:

@@ -12,9 +12,10 @@ from checkpoints.folder import CheckpointError, has_checkpoints, holds_weights_a
 from checkpoints.models import published
 from checkpoints.models.model import FREE, Model
 from checkpoints.recognise import Found, checkpoint_in, recognise
+from launcher.errors import UserError
 from launcher.recipe.converted import same_tokenizer, tokenizer_beside
 from launcher.recipe.check_run import existing, gib, writable
-from launcher.recipe.frozen import read_frozen
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.problem import Case, Problem
 from launcher.recipe.schema import Recipe, Tokenizer
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
@@ -34,14 +35,13 @@ def load(case: Case) -> Iterator[Problem]:
     except CheckpointError as error:
         yield Problem(str(error), case.at("checkpoint.load"), "checkpoint.load=RUN_OR_CHECKPOINT, or null for fresh weights")
         return
-    if not (checkpoint / "recipe.yaml").is_file():
-        yield from _foreign(case, checkpoint)
-        return
     try:
-        saved = read_frozen(checkpoint / "recipe.yaml")
-    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
-        what = f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}"
-        yield Problem(what, f"{checkpoint}/recipe.yaml", "another version of yuan may have written it; take another checkpoint")
+        saved = own_recipe(checkpoint)
+    except UserError as error:
+        yield Problem(error.what, error.where, error.fix)
+        return
+    if saved is None:
+        yield from _foreign(case, checkpoint)
         return
     yield from _fits(case, saved, checkpoint)
     yield from _other_tokenizer(case, with_copies(saved.tokenizer, checkpoint / "tokenizer"), (), checkpoint)

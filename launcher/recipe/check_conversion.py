@@ -16,7 +16,8 @@ from checkpoints.recognise import QUANTIZED, Found, recognise
 from launcher.errors import UserError
 from launcher.recipe.check_data import parse_shard
 from launcher.recipe.check_run import existing
-from launcher.recipe.converted import model_of, own_recipe
+from launcher.recipe.converted import model_of
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.pipeline import LayoutError, parse_layout
 from launcher.recipe.problem import Case, Problem, nearest_divisors
 

@@ -89,10 +89,14 @@ def template(case: Case) -> Iterator[Problem]:
         yield Problem("nothing says how questions and answers are written", case.at("tokenizer.chat_template"), fix)
         return
     try:
-        build_template(name, tokenizer_of(case.recipe.tokenizer))
+        tokenizer = tokenizer_of(case.recipe.tokenizer)
+    except TokenizerError:
+        return  # told by `check_data.tokenizer`
+    try:
+        build_template(name, tokenizer)
     except TokenizerError as error:
-        if error.where == "tokenizer.chat_template":  # what is wrong with the tokenizer itself, check_data.tokenizer says
-            yield Problem(error.what, case.at("tokenizer.chat_template"), error.fix)
+        key = case.at("tokenizer.chat_template")
+        yield Problem(error.what, key if error.where == "tokenizer.chat_template" else f"{error.where}, {key}", error.fix)
 
 
 def weights(case: Case) -> Iterator[Problem]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.models.model import FREE, Model
 from checkpoints.recognise import Found
 from launcher.errors import UserError, raise_all
-from launcher.recipe.frozen import read_frozen
 from launcher.recipe.inference import describes_model
 from launcher.recipe.load import Loaded
 from launcher.recipe.resolve import keep_padded_vocabulary, resolve
@@ -38,21 +37,6 @@ class TokenizerFound:
     settings: Tokenizer
     files: tuple[Path, ...]
     why: str = ""
-
-
-def own_recipe(folder: Path) -> Recipe | None:
-    """The recipe inside a checkpoint's folder.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        return None
-    try:
-        return read_frozen(path)
-    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
-        raise UserError(f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}", str(path)) from error
 
 
 def model_of(recipe: Recipe) -> Model:
@@ -144,6 +128,17 @@ def tokenizer_beside(companions: Sequence[Path], model: Model, folder: Path) -> 
     except TokenizerError as error:
         return Tokenizer(type="NullTokenizer", vocab_size=model.vocab_size - 1), ": ".join(filter(None, (error.where, error.what)))
     return settings, ""
+
+
+def tokenizer_for_text(companions: Sequence[Path], model: Model, folder: Path, ids_will_do: bool) -> Tokenizer:
+    """The same for who reads text: of one that is broken the settings, so that whoever builds it says which file is wrong; and of
+    one that is not there, unless `ids_will_do`."""
+    settings, why = tokenizer_beside(companions, model, folder)
+    if not why:
+        return settings
+    named = _named(companions, model, folder)
+    there = any(path and Path(path).is_file() for path in (named.tokenizer_model, named.vocab_file))
+    return settings if ids_will_do and not there else replace(named, chat_template="tokenizer")
 
 
 def same_tokenizer(mine: Tokenizer, theirs: Tokenizer, beside: Sequence[Path]) -> bool:

@@ -11,11 +11,11 @@ from checkpoints.models.tensor import padded as padded_rows
 from checkpoints.recognise import checkpoint_in, recognise
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded
-from launcher.recipe.frozen import read_frozen
-from launcher.recipe.problem import typed
+from launcher.recipe.frozen import own_recipe
+from launcher.recipe.problem import Case, typed
 from launcher.recipe.resolve import keep_padded_vocabulary, resolve
 from launcher.recipe.schema import Derived, Launch, Lora, Parallel, Recipe
-from launcher.recipe.tokenizer import tokenizer_of, with_copies
+from launcher.recipe.tokenizer import template_of, tokenizer_of, with_copies
 
 # How the stages of a pipeline are cut: of no meaning for another number of stages.
 STAGE_KEYS = (
@@ -60,7 +60,7 @@ def _of(path: Path, where: str) -> Path:
         raise UserError(str(error), where, "give a run folder, a checkpoints folder, an iter_ folder or a Hugging Face folder: --load PATH") from None
 
 
-def describes_model(loaded: Loaded) -> bool:
+def describes_model(loaded: Loaded | Case) -> bool:
     """Whether the named recipe says what is trained, and not only how to generate."""
     from_files = (key for key, source in loaded.sources.items() if source not in ("default", "derived") and not typed(source))
     return any(key.startswith("model.") for key in from_files)
@@ -102,18 +102,14 @@ def inference_recipe(loaded: Loaded, checkpoint: Path) -> tuple[Recipe, dict[str
 
 
 def _trained_with(loaded: Loaded, checkpoint: Path) -> Recipe:
-    path = checkpoint / "recipe.yaml"
-    if not path.is_file():
-        return loaded.recipe if describes_model(loaded) else _described(checkpoint, loaded)
-    try:
-        return read_frozen(path)
-    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
-        raise UserError(f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}", str(path)) from error
+    if own := own_recipe(checkpoint):
+        return own
+    return loaded.recipe if describes_model(loaded) else _described(checkpoint, loaded)
 
 
 def _described(checkpoint: Path, loaded: Loaded) -> Recipe:
     """The recipe of another tool's weights, from what lies beside them."""
-    from launcher.recipe.converted import describe, tokenizer_beside
+    from launcher.recipe.converted import describe, tokenizer_for_text
 
     config = loaded.recipe.convert.hf_config
     try:
@@ -126,7 +122,7 @@ def _described(checkpoint: Path, loaded: Loaded) -> Recipe:
         raise UserError("the checkpoint holds no recipe of its own, and nothing beside it says what model it is", str(checkpoint), fix)
     ids = loaded.recipe.convert.vocab_size if found.format in ("torch", "torch_dist") else None  # others say it
     recipe, model = Recipe(), replace(said.model, vocab_size=ids or said.model.vocab_size)
-    describe(recipe, model, tokenizer_beside(said.companions, model, checkpoint)[0], said.precision or "fp32")
+    describe(recipe, model, tokenizer_for_text(said.companions, model, checkpoint, ids_will_do=True), said.precision or "fp32")
     recipe.derived.padded_vocab_size = padded_rows(model.vocab_size, recipe.model.make_vocab_size_divisible_by)
     return recipe
 
@@ -154,12 +150,12 @@ def _taken(loaded: Loaded, described: bool, free_keys: set[str]) -> list[str]:
 
 
 def _use_copied_tokenizer(recipe: Recipe, checkpoint: Path) -> None:
-    """Point the tokenizer's keys at the copies in the checkpoint, and see that it can be built."""
+    """Point the tokenizer's keys at the copies in the checkpoint, and see that it can be built, and its chat template."""
     from data_tools.errors import TokenizerError
 
     recipe.tokenizer = with_copies(recipe.tokenizer, checkpoint / "tokenizer")
     try:
-        tokenizer_of(recipe.tokenizer)
+        template_of(recipe.tokenizer, tokenizer_of(recipe.tokenizer))
     except TokenizerError as error:
         raise UserError(error.what, f"{error.where} (tokenizer of {checkpoint})", error.fix) from None
 

@@ -12,6 +12,7 @@ from checkpoints.models.model import FREE, Model
 from checkpoints.recognise import checkpoint_in, recognise
 from launcher.errors import UserError
 from launcher.recipe import schema
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.schema import Recipe
 
 SIZES = ("model.num_layers", "model.hidden_size", "model.num_attention_heads")  # a recipe that gives one gives the whole model
@@ -40,14 +41,15 @@ class Start:
     companions: tuple[Path, ...] = ()
 
 
-def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None) -> Start | None:
+def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None, ids_will_do: bool) -> Start | None:
     """What a checkpoint's folder says, or `hf_config` where it has no config.json; None where the weights' files alone may say
     it. A run that `resumes` names its tokenizer as before, or its copies where that is gone, another one those in the checkpoint.
+    Where no tokenizer lies beside weights, one that takes ids for text, if `ids_will_do`.
 
     Raises:
         CheckpointError, UserError: what it says cannot be read.
     """
-    from launcher.recipe.converted import own_recipe, tokenizer_beside
+    from launcher.recipe.converted import tokenizer_for_text
     from launcher.recipe.tokenizer import with_copies
 
     if own := own_recipe(checkpoint):
@@ -59,8 +61,8 @@ def start_of(checkpoint: Path, resumes: bool, hf_config: Path | None) -> Start |
     said = beside(found, hf_config)
     if said.model is None:
         return None
-    tokenizer, why = tokenizer_beside(said.companions, said.model, found.path)
-    if not why:
+    tokenizer = tokenizer_for_text(said.companions, said.model, found.path, ids_will_do)
+    if tokenizer.type != "NullTokenizer":
         tokenizer.vocab_size = said.model.vocab_size
     return Start(model_keys(said.model), tokenizer, said.where, False, said.model.vocab_size, said.companions)
 
@@ -83,7 +85,7 @@ def take(recipe: Recipe, sources: dict[str, str], name: str) -> None:
     """
     try:
         config = recipe.convert.hf_config
-        start = start_of(*_checkpoint(recipe, name), Path(config) if config else None)
+        start = start_of(*_checkpoint(recipe, name), Path(config) if config else None, recipe.data.train is None)
     except (CheckpointError, UserError, OSError):
         return
     if start is None:

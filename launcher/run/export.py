@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints.folder import CheckpointError, best_checkpoint, manifest
-from launcher.recipe.converted import own_recipe
+from launcher.recipe.frozen import own_recipe
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
 

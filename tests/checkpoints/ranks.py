@@ -32,6 +32,7 @@ from launcher.engine.generate.cache import CachedModel, generation_config  # noq
 from launcher.engine.initialize import initialize  # noqa: E402
 from launcher.engine.rows import RowSamples  # noqa: E402
 from launcher.recipe import load  # noqa: E402
+from launcher.recipe.frozen import own_recipe  # noqa: E402
 from launcher.recipe.inference import inference_recipe  # noqa: E402
 from launcher.recipe.resolve import resolve  # noqa: E402
 from launcher.recipe.schema import Recipe  # noqa: E402
@@ -53,7 +54,7 @@ def logits(path: Path, ids: torch.Tensor, *words: str) -> torch.Tensor | None:
 
 def trained(path: Path, tp: int, pp: int) -> None:
     """Begin a training from the checkpoint, and save it at once as a run does, into `path`-run."""
-    recipe, run = checkpoint._saved_recipe(newest_checkpoint(path)), path.with_name(path.name + "-run")
+    recipe, run = own_recipe(newest_checkpoint(path)), path.with_name(path.name + "-run")
     recipe.parallel.tensor_model_parallel_size, recipe.parallel.pipeline_model_parallel_size = tp, pp
     recipe.launch.device, recipe.launch.nproc_per_node = "cpu", tp * pp
     recipe.training.micro_batch_size, recipe.training.train_iters, recipe.optimizer.lr = 1, 1, 1e-3

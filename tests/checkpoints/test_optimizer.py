@@ -16,7 +16,8 @@ from checkpoints.folder import newest_checkpoint  # noqa: E402
 from checkpoints.recognise import recognise  # noqa: E402
 from checkpoints.verify import compare  # noqa: E402
 from launcher.cli import app  # noqa: E402
-from launcher.recipe.converted import model_of, own_recipe  # noqa: E402
+from launcher.recipe.converted import model_of  # noqa: E402
+from launcher.recipe.frozen import own_recipe  # noqa: E402
 
 BEGUN = {"gpt2_stages": "gpt2", "gpt2_zero": "gpt2", "gpt2_bf16_stages": "gpt2_bf16", "llama_fp16_interleaved": "llama_fp16", "yuan2_ranks": "yuan2"}
 
