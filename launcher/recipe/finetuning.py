@@ -71,11 +71,15 @@ def settle_rows(recipe: Recipe, sources: dict[str, str]) -> dict[str, Packed]:
     return samples
 
 
+def steps_of_epoch(recipe: Recipe, samples: int) -> int:
+    """Steps that see each of so many samples once; the last one's batch is filled up."""
+    return -(-samples // recipe.training.global_batch_size)
+
+
 def settle_length(recipe: Recipe, sources: dict[str, str], samples: int) -> None:
-    """Turn training.epochs into steps, now that the number of `samples` is known: the last batch of all is filled up."""
-    training, batch = recipe.training, recipe.training.global_batch_size
+    """Turn training.epochs into steps, now that the number of `samples` is known."""
+    training = recipe.training
     if training.epochs is not None:
-        steps = -(-training.epochs * samples // batch)
-        training.train_samples = recipe.derived.train_samples = steps * batch
-        recipe.derived.train_iters = steps
+        recipe.derived.train_iters = training.epochs * steps_of_epoch(recipe, samples)
+        training.train_samples = recipe.derived.train_samples = recipe.derived.train_iters * training.global_batch_size
         sources |= dict.fromkeys(("training.train_samples", "derived.train_samples", "derived.train_iters"), "derived")

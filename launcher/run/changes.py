@@ -112,6 +112,8 @@ def refusals(saved: Recipe, new: Recipe, with_optimizer: bool = True) -> dict[st
         why["model.max_position_embeddings"] = "the checkpoint's positions are another number"
     if with_optimizer:
         why |= _optimizer_refusals(saved, new, changes)
+        if "training.global_batch_size" in changes and None not in (saved.training.epochs, new.training.epochs):
+            why["training.global_batch_size"] = "its epochs are counted in such batches"
     return why
 
 

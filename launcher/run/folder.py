@@ -255,6 +255,8 @@ def length(recipe: Recipe, steps: int) -> tuple[str, int | None, int]:
     """The key that says how long the training is, its value, and the one that makes it at least so many steps."""
     t = recipe.training
     if t.train_iters is not None:
+    if t.epochs is not None and recipe.derived.train_iters:
+        return "training.epochs", t.epochs, -(-steps * t.epochs // recipe.derived.train_iters)
         return "training.train_iters", t.train_iters, steps
     if t.train_samples is not None:
         return "training.train_samples", t.train_samples, steps * t.global_batch_size

@@ -79,7 +79,7 @@ def losses(folder: Path, path: Path, *words: str) -> list[float]:
     form_groups(recipe)
     state = train.build(recipe)
     checkpoint.load(recipe, state, checkpoint_in(path), resume=False)
-    samples = RowSamples(Packed(Rows(folder / "rows"), 16, True), recipe, 8, 2, 1) if reads_data(recipe) else None
+    samples = RowSamples(Packed(Rows(folder / "rows"), 16, True), recipe, 8, True, 1) if reads_data(recipe) else None
     batches = [loader(recipe, samples, 0) for _ in state.chunks]
     return train.from_last_stage(torch.stack([train.train_step(recipe, state, batches)[0] for _ in range(2)])).tolist()
 

@@ -11,7 +11,7 @@ from tests.launcher.engine.runs import losses, records, yuan
 RECIPE = """\
 model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 2, max_position_embeddings: 64, make_vocab_size_divisible_by: 64,
         attention_dropout: 0.0, hidden_dropout: 0.0}}
-training: {{seq_length: 64, micro_batch_size: 2, global_batch_size: 4, eval_interval: 20, eval_iters: 100, {length}}}
+training: {{seq_length: 64, micro_batch_size: 2, global_batch_size: 2, eval_interval: 20, eval_iters: 100, {length}}}
 optimizer: {{lr: 2.0e-2, lr_decay_style: cosine, weight_decay: 0.0}}
 tokenizer: {{vocab_file: {vocab_file}, merge_file: {merge_file}, chat_template: {template}}}
 data: {{{data}}}
@@ -32,8 +32,8 @@ def story(tmp_path_factory):
     write_jsonl(folder / "text.jsonl", [{"text": row["instruction"] + "=" + row["output"]} for row in ROWS] * 8)
     base = RECIPE.format(**files, length="train_iters: 1", template="null", data="data_path: base_text_document, split: '100,0,0'", checkpoint="")
     tuned = RECIPE.format(
-        **files, length="epochs: 80, early_stop_patience: 9", template="plain", data="train: train.jsonl, valid: valid.json",
-        checkpoint="load: runs/base, save_interval: 20, keep_best: true",
+        **files, length="epochs: 40, early_stop_patience: 9", template="plain", data="train: train.jsonl, valid: valid.json",
+        checkpoint="load: runs/base, save_interval: 25, keep_best: true",
     )  # fmt: skip
     (folder / "base.yaml").write_text(base.replace("eval_iters: 100", "eval_iters: 0"))
     (folder / "tuned.yaml").write_text(tuned)
@@ -48,30 +48,31 @@ def test_what_it_says(story):
     assert "prepared   train.jsonl: 25 rows" in printed and "prepared   valid.json: 5 rows" in printed
     train = next(line for line in printed.splitlines() if line.startswith("train "))
     assert train.startswith("train      25 rows in 3 samples of 64, ") and "supervised tokens" in train
-    assert "80 epochs, 60 steps" in printed  # of 3 samples each, 4 to a step
+    assert "40 epochs, 80 steps" in printed  # of 3 samples each, and one that fills the last batch
     assert "early stop" not in printed and "the best so far" in printed
 
 
 def test_its_validation_loss_falls_and_the_best_is_kept(story):
     folder, _ = story
     found = {one["iteration"]: one["lm_loss_validation"] for one in records(folder / "runs/tuned/validation.jsonl")}
-    assert list(found) == [20, 40, 60] and found[60] < found[20]
+    assert list(found) == [20, 40, 60, 80] and found[80] < found[20]
     best = (folder / "runs/tuned/checkpoints/best_checkpointed_iteration.txt").read_text()
     assert int(best) == min(found, key=found.get)
 
 
 def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(story):
-    """Step 20 has seen 80 samples of epochs of 3: the orders of the rows and the learning rate go on, bit for bit."""
+    """Step 25 is the first of an epoch's two: the orders of the rows and the learning rate go on, bit for bit."""
     folder, _ = story
     run = folder / "runs" / "again"
     shutil.copytree(folder / "runs" / "tuned", run)
-    for later in ("iter_0000040", "iter_0000060"):
-        shutil.rmtree(run / "checkpoints" / later)
-    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("20")
+    for later in sorted((run / "checkpoints").glob("iter_*")):
+        if later.name > "iter_0000025":
+            shutil.rmtree(later)
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("25")
     (run / "metrics.jsonl").unlink()
     yuan(folder, "sft", "recipe=tuned.yaml", "run.name=again", "run.dir=runs/again")
     straight, again = losses(folder, "tuned"), losses(folder, "again")
-    assert list(again) == list(range(21, 61)) and all(again[step] == straight[step] for step in again)
+    assert list(again) == list(range(26, 81)) and all(again[step] == straight[step] for step in again)
 
 
 def test_other_rows_are_noticed(story):

@@ -18,11 +18,11 @@ from tests.launcher.engine.runs import records, yuan
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 RECIPE = """\
-training: {seq_length: 64, micro_batch_size: 4, global_batch_size: 4, epochs: 40, eval_interval: 20, eval_iters: 100}
+training: {seq_length: 64, micro_batch_size: 4, global_batch_size: 4, epochs: 32, eval_interval: 20, eval_iters: 100}
 optimizer: {lr: 2.0e-2, lr_decay_style: cosine, weight_decay: 0.0}
 tokenizer: {chat_template: chatml}
 data: {train: train.jsonl, valid: valid.json}
-checkpoint: {load: hf, keep_best: true, export_hf: tuned, save_interval: 65}
+checkpoint: {load: hf, keep_best: true, export_hf: tuned, save_interval: 64}
 logging: {log_interval: 1, tensorboard: false}
 launch: {device: cpu, cpu_threads: 1}
 """
@@ -89,7 +89,7 @@ def test_what_comes_out_is_what_was_trained(story):
     """The loss of `transformers` on the validation rows, of the exported weights and by the exported template, is the run's lowest."""
     folder, printed = story
     assert "export     tuned" in printed and "read back and found equal" in printed
-    assert (folder / "runs/tuned/finished").read_text() == "130\n"
+    assert (folder / "runs/tuned/finished").read_text() == "128\n"
     model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder / "tuned"), transformers.AutoTokenizer.from_pretrained(folder / "tuned")
     total, count = 0.0, 0
     for row in ROWS[::5]:
@@ -103,7 +103,7 @@ def test_what_comes_out_is_what_was_trained(story):
     found = {one["iteration"]: one["lm_loss_validation"] for one in records(folder / "runs/tuned/validation.jsonl")}
     assert total / count == pytest.approx(min(found.values()), rel=1e-4)
     best = (folder / "runs/tuned/checkpoints/best_checkpointed_iteration.txt").read_text()
-    assert int(best) == min(found, key=found.get) and 130 in found  # save_interval comes out even at the last step
+    assert int(best) == min(found, key=found.get) and 128 in found  # save_interval comes out even at the last step
 
 
 def test_it_answers_in_the_form_that_it_was_trained_in(story):
@@ -213,9 +213,9 @@ def test_a_run_goes_on_without_the_folder_that_it_started_from(story, inside):
     folder, _ = story
     (folder / "hf").rename(folder / "away")
     try:
-        output = inside("check", "recipe=tuned.yaml", "training.epochs=41")
+        output = inside("check", "recipe=tuned.yaml", "training.epochs=33")
         assert "would not run" in output and "tuned is there already" in output and "checkpoint.export_hf=" in output and "tokenizer" not in output
-        yuan(folder, "sft", "recipe=tuned.yaml", "training.epochs=41", "checkpoint.export_hf=null", "training.eval_iters=0")
-        assert (folder / "runs/tuned/finished").read_text() == "134\n"
+        yuan(folder, "sft", "recipe=tuned.yaml", "training.epochs=33", "checkpoint.export_hf=null", "training.eval_iters=0")
+        assert (folder / "runs/tuned/finished").read_text() == "132\n"
     finally:
         (folder / "away").rename(folder / "hf")

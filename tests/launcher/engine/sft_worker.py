@@ -120,7 +120,7 @@ def compared(recipe, state, rows, loss, gradients):
     from launcher.engine.step import run_microbatches
 
     training = recipe.training
-    samples = RowSamples(Packed(rows, TOKENS, recipe.data.packing), recipe, training.global_batch_size, 1, training.seed)
+    samples = RowSamples(Packed(rows, TOKENS, recipe.data.packing), recipe, training.global_batch_size, True, training.seed)
     dataset = samples if reads_data(recipe) else None
     for chunk in state.chunks:
         chunk.zero_grad_buffer()

@@ -139,6 +139,7 @@ NEVER = [
     (["training.precision=fp32"], "training.precision=bf16"),
     (["parallel.use_distributed_optimizer=true"], "checkpoint.format=torch"),
     (["launch.nproc_per_node=2", "parallel.pipeline_model_parallel_size=2"], "checkpoint.format=torch"),
+    (["training.epochs=2", "training.global_batch_size=8"], "training.epochs=2"),
 ]
 
 
