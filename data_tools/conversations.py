@@ -21,6 +21,8 @@ QUESTION_KEYS = ("instruction", "prompt", "query", "question")
 INPUT_KEYS = ("input", "context")
 ANSWER_KEYS = ("output", "response", "completion", "content", "answer")
 _ROLES: dict[object, Role] = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+# What other tools write beside a text, and train: no template here has a place for it.
+_UNREAD = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking")
 _EXAMPLE = 'one object per row: {"instruction": "What is a list?", "output": "A sequence."}'
 
 
@@ -55,6 +57,8 @@ def conversation(row: Any) -> Conversation:
         _refuse_beside_messages(row)
     else:
         turns = _question_and_answer(row)
+    if isinstance(row, Mapping):
+        _refuse_unread(row, "the row")
     _check(turns)
     return turns
 
@@ -106,6 +110,11 @@ def _refuse_beside_messages(row: Mapping[str, Any]) -> None:
         raise BadLine(f"{', '.join(map(repr, other))} beside a list of messages", "put it into the messages, or leave it out")
 
 
+def _refuse_unread(given: Mapping[str, Any], where: str) -> None:
+    if unread := [key for key in _UNREAD if given.get(key)]:
+        raise BadLine(f"{where} has {', '.join(map(repr, unread))}, which is not read", "write it into the text as the model is to see it, or leave it out")
+
+
 def _messages(messages: Any, key: str, role_key: str, text_key: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise BadLine(f"{key!r} is no list of messages but {_shown(messages)}", f'[{{"{role_key}": ..., "{text_key}": ...}}, ...]')
@@ -114,6 +123,7 @@ def _messages(messages: Any, key: str, role_key: str, text_key: str) -> Conversa
         role = message.get(role_key) if isinstance(message, Mapping) else None
         if not isinstance(role, str) or role not in _ROLES:
             raise BadLine(f"message {number} is by {_shown(role)}", f"{role_key!r} is one of {', '.join(map(str, _ROLES))}")
+        _refuse_unread(message, f"message {number}")
         if message.get("weight") not in (None, 1):
             raise BadLine(f"message {number} has a weight, which is not read", "every answer is trained; with data.mask_history=true the last alone")
         turns.append(Turn(_ROLES[role], _text(message.get(text_key), f"{text_key!r} of message {number}")))

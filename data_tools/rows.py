@@ -22,15 +22,18 @@ def parse_row(format: Format, line: bytes) -> Any:
     """The JSON value of a line, or its text; None for a line that is blank where that is no fault.
 
     Raises:
-        BadLine: not UTF-8, or not JSON.
+        BadLine: not UTF-8, not JSON, or null.
     """
     if format not in JSON_FORMATS:
         document = PARSERS[format](line, ())
         return document and document[0][0]
     try:
-        return orjson.loads(line)
+        value = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return parse_value(line)
+        value = parse_value(line)
+    if value is None:
+        raise BadLine("not an object but null", f"one object per row: {_EXAMPLE}")
+    return value
 
 
 def row_sources(paths: str | Path | Sequence[str | Path], format: Format | None = None) -> list[Source]:

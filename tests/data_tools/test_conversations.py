@@ -60,6 +60,8 @@ def test_input_history_and_system():
         ({"messages": [{"role": "assistant", "content": "a"}]}, "do not take turns: assistant"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}] * 2}, r"an empty answer \(message 2\)"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}]}, "a system's message after the first"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "message 2 has 'tool_calls', which is not read"),
+        ({"instruction": "q", "output": "a", "tools": [{"name": "f"}]}, "the row has 'tools', which is not read"),
         ("only text", "no <sep>"),
         ("q<sep>a<sep>b", "2 times <sep>"),
         (["q", "a"], "not an object"),

@@ -52,6 +52,7 @@ def test_what_comes_later_is_not_read(tmp_path, text):
         (b'[{"a": 1}', "not JSON"),
         (b'[{"a": 1}, oops]', "not JSON"),
         (b'{"a": 1}\nbroken\n', "not JSON"),
+        (b'{"a": 1}\nnull\n', "not an object but null"),
         (b'{\n  "a": 1\n}\n', "not JSON"),
         (b'[{"a": "\xff"}]', "not UTF-8"),
         (b'{"a": "\xff"}', "not UTF-8"),
