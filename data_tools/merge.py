@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,20 @@ def _check_alike(prefixes: Sequence[str], manifests: Sequence[dict[str, Any] | N
                 what = f"{inputs[same]} and {prefix} were made of the same text"
                 raise IndexedError(what, f"{prefix}.json", "leave one out; to read one more often, blend: data.data_path")
             inputs[same] = prefix
+    _check_inputs_alike(told)
+
+
+def _check_inputs_alike(told: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Shards of a set are shares of one input: of one that grew meanwhile some lines would be in none, or in two."""
+    first: dict[tuple[str, str, str], tuple[str, list[Any]]] = {}
+    for prefix, manifest in told:
+        if (match := _SHARD.fullmatch(prefix)) and "inputs" in manifest:
+            sizes = [(Path(one["path"]).name, one["size"]) for one in manifest["inputs"]]
+            other, wanted = first.setdefault((match["stem"], match["key"] or "", match["number"]), (prefix, sizes))
+            if sizes != wanted:
+                name, here, there = next(((a or b)[0], a and a[1], b and b[1]) for a, b in zip_longest(sizes, wanted) if a != b)
+                what = f"{other} and {prefix} are shares of inputs that differ: {name} of {there or 'no'} and {here or 'no'} bytes"
+                raise IndexedError(what, f"{prefix}.json", "make the shards again, all of one input")
 
 
 def _brief(value: Any) -> str:

@@ -103,6 +103,16 @@ def test_shards_that_are_not_one_set(shards, given, says):
         find_pairs([shards / one for one in given])
 
 
+def test_shards_of_an_input_that_grew_are_refused(shards):
+    """Lines between the shares of then and of now would be in none of them."""
+    with open(shards / "corpus.jsonl", "a") as file:
+        file.write('{"text": "1"}\n' * 30)
+    preprocess(shards / "corpus.jsonl", shards / "sh", NullTokenizer(100), append_eod=True, shard=(2, 4))
+    with pytest.raises(IndexedError, match=f"{name(0)} and .*{name(2)} are shares of inputs that differ: corpus.jsonl of .* bytes") as refused:
+        merge(find_pairs([shards / "sh_*_document"]), shards / "x")
+    assert "make the shards again" in refused.value.fix and not list(shards.glob("x*"))
+
+
 def test_what_does_not_belong_together(shards, tmp_path):
     whole = shards / "whole_text_document"
     write(tmp_path / "wide", [[[1]]], np.int32)
