@@ -17,6 +17,7 @@ _MAGIC = {  # the first bytes; bzip2's three letters alone may begin a text
     re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", re.DOTALL): "bzip2",
 }
 _READ = 1 << 20
+_LITTLE = 1 << 10  # bytes of zstd at a time, which may be 10 MB of text that repeats itself: a call gives all of it at once
 
 
 def compression_of(start: bytes) -> str | None:
@@ -41,14 +42,14 @@ class _Zstandard(io.RawIOBase):
 
         self._raw, self._decompressor, self._error = raw, zstandard.ZstdDecompressor(), zstandard.ZstdError
         self._frame: Any = None
-        self._held, self._pending = b"", b""
+        self._held, self._pending = memoryview(b""), b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
         while not self._held:
-            data = self._pending or self._raw.read(_READ)
+            data = self._pending or self._raw.read(_LITTLE)
             self._pending = b""
             if not data:
                 if self._frame is not None:
@@ -56,7 +57,7 @@ class _Zstandard(io.RawIOBase):
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             try:
-                self._held = self._frame.decompress(data)
+                self._held = memoryview(self._frame.decompress(data))
             except self._error as error:
                 raise OSError(str(error)) from None
             if self._frame.eof:

@@ -9,16 +9,18 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from data_tools.compression import SUFFIXES, compression_of, decompressed
 from data_tools.errors import InputError
+from data_tools.records import beginning
 
 Format = Literal["jsonl", "json", "text", "yuan", "parquet"]
 FORMATS: dict[str, str] = {
@@ -32,6 +34,7 @@ _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "
 _BOM = b"\xef\xbb\xbf"
 _SKIPPED = (".bin", ".idx", ".lock", ".part", ".md", ".py", ".yaml", ".model")  # beside corpora in folders, and no corpus
 _READ = 1 << 20
+_ROWS = 32  # of Parquet at a time: a text may be of MBs
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Block:
         with open(self.source.path, "rb") as file:
             file.seek(self.start)
             data = file.read(self.end - self.start)
+        if len(data) < self.end - self.start:
+            raise InputError("the file became shorter while it was read", self.source.path, "start again when nothing writes it any more")
         return data.removeprefix(_BOM) if self.start == 0 else data
 
     def place(self, index: int) -> str:
@@ -113,7 +118,7 @@ def find_sources(inputs: str | Path | Sequence[str | Path], format: Format | Non
     paths = [path for one in given for path in _expand(str(one))]
     if not paths:
         raise InputError("no input files", "preprocess.input", "give a JSONL file, or a folder of such")
-    twice = [path for path, times in Counter(paths).items() if times > 1]
+    twice = [path for path, times in Counter(map(os.path.abspath, paths)).items() if times > 1]
     if twice:
         raise InputError(f"named twice: {min(twice)}", "preprocess.input", "name each file once")
     return [_source(path, format) for path in paths]
@@ -130,16 +135,26 @@ def check_readable(path: Path) -> None:
 def _expand(given: str) -> list[str]:
     path = Path(given)
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".") and not _is_ours(p.relative_to(path), p)]
+        found = [str(p) for p in _files(path) if not _is_ours(p.relative_to(path), p)]
         if not found:
-            raise InputError(f"no files in {given}", "", "give a JSONL file, or a folder of such")
-        return [str(p) for p in found]
+            raise InputError(f"no files of text in {given}", "", "give a JSONL file, or a folder of such")
+        return found
     if any(sign in given for sign in "*?[") and not path.exists():
         found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)) if path.anchor else given))
         if not found:
             raise InputError(f"no file is named like {given}", "", "give a JSONL file, or a folder of such")
         return [str(p) for p in found if p.is_file()]
     return [given]
+
+
+def passed_over(inputs: str | Path | Sequence[str | Path]) -> list[str]:
+    """The files in the folders among `inputs` that `find_sources` leaves out for their names."""
+    folders = [path for one in ([inputs] if isinstance(inputs, (str, Path)) else inputs) if (path := Path(one)).is_dir()]
+    return [str(p) for folder in folders for p in _files(folder) if _is_ours(p.relative_to(folder), p)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
 
 
 def _is_ours(name: Path, path: Path) -> bool:
@@ -160,12 +175,10 @@ def _source(path: str, format: Format | None) -> Source:
 
 
 def _format(source: Source, start: bytes) -> Format:
-    name = source.path
+    name = source.path.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    told = _SUFFIXES.get(Path(name).suffix, "jsonl")
+    told = _SUFFIXES.get(Path(name).suffix) or ("parquet" if start.startswith(b"PAR1") else "jsonl")
     if told != "json":
         return told
     with open(source.path, "rb") as raw, _readable(source):  # .json is an array (WuDao's) or lines
@@ -260,6 +273,7 @@ def _array_items(stream: BinaryIO, path: str) -> Iterator[bytes]:
             opened, at = True, at + 1
             continue
         if at < len(buffer) and buffer[at] == "]":
+            _refuse_more(buffer[at + 1 :], reader, path)
             return
         try:
             if at == len(buffer):
@@ -269,11 +283,22 @@ def _array_items(stream: BinaryIO, path: str) -> Iterator[bytes]:
                 raise ValueError  # a number may go on
             yield buffer[at:stop].encode("utf-8", errors="surrogatepass")
             at, wanted = stop, _READ
+        except RecursionError:
+            raise InputError("not JSON: nested too deep", path, "mend the file") from None
         except ValueError as error:
             if done:
                 raise InputError(f"not JSON: {error}", path, "mend the file") from None
             more = reader.read(wanted)
             buffer, at, done, wanted = buffer[at:] + more, 0, not more, wanted * 2
+
+
+def _refuse_more(rest: str, reader: io.TextIOWrapper, path: str) -> None:
+    """Behind the end of an array there is nothing but white space."""
+    while not rest.strip():
+        if not (rest := reader.read(_READ)):
+            return
+    what = f"something stands behind the end of the array: {beginning(rest.strip())}"
+    raise InputError(what, path, "one array in a file; or one object per line, and --format jsonl")
 
 
 def _parquet_rows(source: Source, raw: BinaryIO, keys: Sequence[str]) -> Iterator[bytes]:
@@ -284,10 +309,15 @@ def _parquet_rows(source: Source, raw: BinaryIO, keys: Sequence[str]) -> Iterato
     except ImportError:
         raise InputError("reading Parquet needs the package pyarrow", source.path, "pip install pyarrow") from None
     try:
-        file = pyarrow.parquet.ParquetFile(raw)
+        file = pyarrow.parquet.ParquetFile(raw, buffer_size=_READ)  # otherwise a column of a row group is held as a whole: GBs of texts
         columns = [key for key in keys if key in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=1024, columns=columns or None):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=columns or None):
             for row in batch.to_pylist():
-                yield json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", errors="surrogatepass")
+                yield json.dumps(row, ensure_ascii=False, default=_no_json).encode("utf-8", errors="surrogateescape")
     except pyarrow.ArrowException as error:
         raise InputError(f"not a Parquet file: {error}", source.path, "fetch the file again") from error
+
+
+def _no_json(value: Any) -> Any:
+    """Bytes are text, as many writers have it, and where they are not UTF-8 a bad line; other values are none, and named."""
+    return value.decode("utf-8", errors="surrogateescape") if isinstance(value, bytes) else {type(value).__name__: str(value)}

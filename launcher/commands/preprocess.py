@@ -125,7 +125,7 @@ def _prepare_rows(loaded: Loaded) -> None:
 def _run(loaded: Loaded) -> None:
     from data_tools.indexed import bin_path, idx_path
     from data_tools.preprocess import dataset_prefix, preprocess, shares, sharded_prefix
-    from data_tools.sources import find_sources
+    from data_tools.sources import find_sources, passed_over
 
     ensure(loaded, "preprocess")
     tokenizer = tokenizer_of(loaded.recipe.tokenizer)
@@ -138,6 +138,8 @@ def _run(loaded: Loaded) -> None:
     share = f", share {asked.shard}" if asked.shard else ""
     keys = f"{plural(len(asked.json_keys), 'key')}: {', '.join(asked.json_keys)}"
     typer.echo(f"input      {files} ({human_size(size)}, {' and '.join(sorted({s.format for s in sources}))}{share}), {keys}")
+    if over := passed_over(asked.input):
+        typer.echo(f"           passed over {plural(len(over), 'file')} of other names: {', '.join(over[:3])}{', ...' if len(over) > 3 else ''}")
     ending = f"every document ends with {tokenizer.eod}" if asked.append_eod else "no end-of-document ids (see --append-eod)"
     engine = "" if tokenizer.engine == tokenizer.type else f" by {tokenizer.engine}"
     typer.echo(f"tokenizer  {tokenizer.type}{engine}, {tokenizer.vocab_size} ids; {ending}")

@@ -1,9 +1,19 @@
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_tools.tokenizers import Tokenizer, build_tokenizer, train_sentencepiece
 from tests.data_tools.samples import HARD_TEXTS, small_gpt2
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Which may take longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,24 @@
 """Inputs of every kind give the same documents in the same order, wherever they are cut; broken ones are named."""
 
 import bz2
+import datetime
 import gzip
 import json
 import lzma
+import os
+import tracemalloc
+from functools import partial
 
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.compression import decompressed
 from data_tools.errors import InputError
 from data_tools.indexed import IndexedReader
 from data_tools.preprocess import preprocess
-from data_tools.sources import blocks, find_sources
+from data_tools.sources import blocks, find_sources, passed_over
 from data_tools.tokenizers import build_tokenizer
 from tests.data_tools.samples import HARD_TEXTS, write_jsonl
 
@@ -73,11 +78,35 @@ def test_a_json_array_is_read_item_by_item(tmp_path_factory, texts, indent):
     assert [json.loads(line) for block in blocks(source, 30, ["text"]) for line in block.read()] == items
 
 
-@pytest.mark.parametrize(("content", "what"), [('[{"text": "1"}', "does not end with ]"), ('[{"text": "1"}, {"text": }]', "not JSON")])
+@pytest.mark.parametrize(("content", "what"), [
+    ('[{"text": "1"}', "does not end with ]"),
+    ('[{"text": "1"}, {"text": }]', "not JSON"),
+    ('[{"text": "1"}]\n\n[{"text": "2"}]\n', "behind the end of the array: \\[{\"text\": \"2\"}\\]"),  # two files in one
+    ("[" * 10**5, "nested too deep"),
+])  # fmt: skip
 def test_a_broken_array_is_refused(tmp_path, content, what):
     (tmp_path / "in.json").write_text(content)
     with pytest.raises(InputError, match=what):
         preprocess(tmp_path / "in.json", tmp_path / "out", NULL)
+
+
+def test_a_file_that_becomes_shorter_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": str(i)} for i in range(100)])
+    with pytest.raises(InputError, match="became shorter while it was read") as caught:
+        preprocess(path, tmp_path / "out", NULL, part_bytes=100, progress=lambda _: os.truncate(path, 700))
+    assert caught.value.where == str(path)
+
+
+def test_text_that_repeats_itself_is_not_decompressed_at_once(tmp_path):
+    packer = zstandard.ZstdCompressor().compressobj()
+    with open(tmp_path / "in", "wb") as file:
+        file.writelines([*(packer.compress(b"the same again\n" * 2**20) for _ in range(4)), packer.flush()])
+    with open(tmp_path / "in", "rb") as file:
+        tracemalloc.start()
+        assert sum(map(len, iter(partial(decompressed("zstd", file).read, 1 << 20), b""))) == 15 * 2**22
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 30e6, peak  # of 63 MB
 
 
 def test_a_bad_item_of_an_array_is_named(tmp_path):
@@ -92,12 +121,14 @@ def test_folders_and_patterns_by_name(tmp_path):
     for name, number in (("b/1.jsonl", 2), ("a.jsonl", 1), ("c.txt", 3)):
         text = f"{number}\n" if name.endswith(".txt") else json.dumps({"text": str(number)}) + "\n"
         (tmp_path / "in" / name).write_text(text)
-    (tmp_path / "in" / ".hidden").write_text("x")
+    for name in (".hidden", "README.md", "b/made.bin"):
+        (tmp_path / "in" / name).write_text("x")
+    assert passed_over(tmp_path / "in") == [str(tmp_path / "in" / name) for name in ("README.md", "b/made.bin")]
     preprocess(tmp_path / "in", tmp_path / "out", NULL)
     assert numbers(tmp_path / "out") == [[1], [2], [3]]
     preprocess([str(tmp_path / "in/c.txt"), str(tmp_path / "in/*.jsonl")], tmp_path / "two", NULL)
     assert numbers(tmp_path / "two") == [[3], [1]]
-    for bad, what in ((tmp_path / "nothing", "no such file"), (str(tmp_path / "*.zip"), "no file is named like"), ([str(tmp_path / "in/c.txt")] * 2, "named twice")):
+    for bad, what in ((tmp_path / "nothing", "no such file"), (str(tmp_path / "*.zip"), "no file is named like"), ([str(tmp_path / "in/c.txt"), str(tmp_path / "in/./b/../c.txt")], "named twice")):
         with pytest.raises(InputError, match=what):
             preprocess(bad, tmp_path / "out", NULL)
 
@@ -114,14 +145,29 @@ def test_yuans_lines(tmp_path, gpt2):
     assert gpt2.decode(plain.get(0)) == "<n>first<n>second" and plain.documents == 4
 
 
-def test_parquet_where_pyarrow_is(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the package pyarrow")
+def write_parquet(path, **columns):
     import pyarrow
+    import pyarrow.parquet
 
-    table = pyarrow.table({"text": [str(i) for i in range(50)], "other": list(range(50))})
-    parquet.write_table(table, tmp_path / "in.parquet")
-    preprocess(tmp_path / "in.parquet", tmp_path / "out", NULL, part_bytes=100)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet(tmp_path):
+    path = write_parquet(tmp_path / "in.parquet", text=[str(i) for i in range(50)], other=list(range(50)))
+    preprocess(path, tmp_path / "out", NULL, part_bytes=100)
     assert numbers(tmp_path / "out") == [[i] for i in range(50)]
+    write_parquet(path, text=[b"1", b"\xff", None, b"2"])  # as writers have it that do not say that bytes are text
+    counts = preprocess(path, tmp_path / "out", NULL, max_bad=2)
+    assert numbers(tmp_path / "out") == [[1], [2]] and counts["text"].bad == 2
+    first, second = IndexedReader(tmp_path / "out_text_document").description["first_bad_lines"]
+    assert f"{path}[1]: not UTF-8" in first and f"{path}[2]: 'text' is not text but null" in second
+    write_parquet(path, text=[datetime.date(2026, 1, 2)])
+    with pytest.raises(InputError, match="'text' is not text but {\"date\": \"2026-01-02\"}"):
+        preprocess(path, tmp_path / "out", NULL)
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="not a Parquet file"):
+        preprocess(path, tmp_path / "out", NULL)
 
 
 def test_bad_lines_are_counted_shown_and_limited(tmp_path):
