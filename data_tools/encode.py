@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +13,11 @@ import numpy as np
 
 from data_tools.errors import InputError
 from data_tools.indexed import token_dtype
+from data_tools.long_lines import json_texts, line_text
 from data_tools.records import JSON_FORMATS, PARSERS, BadLine, Sentences, parse_whole
 from data_tools.sources import Block
 from data_tools.tokenizers import Tokenizer
+from data_tools.tokenizers.base import LONG, joined
 
 _BATCH_BYTES = 1 << 22  # of input encoded at once: large enough for vectors, small enough for the caches
 BAD_SHOWN = 5
@@ -162,6 +164,10 @@ class BlockEncoder:
             stop = max(start + 1, int(np.searchsorted(ends, before + _BATCH_BYTES, side="right")))
             chunk = lines[start:stop]
             lines[start:stop] = [b""] * len(chunk)  # as it is encoded: a line may be most of the memory
+            if len(chunk[0]) > _BATCH_BYTES and (pieces := self._long_texts(block, chunk[0])):
+                yield from self._long(pieces)
+                start = stop
+                continue
             texts = parse_whole(chunk, self.keys) if block.source.format in JSON_FORMATS else None
             try:
                 columns = texts and [self._column(one, np.ones(len(one), dtype=np.int64)) for one in texts]
@@ -172,6 +178,26 @@ class BlockEncoder:
             else:
                 yield from self._line_by_line(block, start, chunk, part)
             start = stop
+
+    def _long_texts(self, block: Block, line: bytes) -> Sequence[Iterable[str]] | None:
+        """The text under each key, to be encoded piece by piece; None for a line that is better read as a whole."""
+        if not self.tokenizer.is_local:
+            return None
+        return json_texts(line, self.keys) if block.source.format in JSON_FORMATS else line_text(line) if block.source.format == "text" else None
+
+    def _long(self, texts: Sequence[Iterable[str]]) -> Iterator[list[Column]]:
+        """A document, its ids as they come, and when a text is over its length."""
+        for i, (text, dtype) in enumerate(zip(texts, self.dtypes, strict=True)):
+            length = 0
+            for ids in self.tokenizer.encode_pieces(text):
+                length += len(ids)
+                yield self._of_one_key(i, Column(ids.astype(dtype), _NONE, _NONE))
+            ending = np.array([self.tokenizer.eod] if self.append_eod and length else [], dtype=dtype)
+            lengths = np.array([length + len(ending)] if length else [], dtype="<i4")
+            yield self._of_one_key(i, Column(ending, lengths, np.array([len(lengths)], dtype="<i4")))
+
+    def _of_one_key(self, key: int, column: Column) -> list[Column]:
+        return [column if i == key else Column(_NONE, _NONE, _NONE) for i in range(len(self.keys))]
 
     def _line_by_line(self, block: Block, start: int, lines: list[bytes], part: Part) -> Iterator[list[Column]]:
         """What is not all plain texts: lists of sentences, blank lines, bad lines."""
@@ -227,7 +253,7 @@ class BlockEncoder:
     def _column(self, texts: list[str], sentences: np.ndarray) -> Column:
         """Texts, of which each document has so many, as ids. As Megatron-LM: an empty sentence is no sequence, and a
         document without any gets no end of document either."""
-        ids, lengths = self.tokenizer.encode_arrays(texts)
+        ids, lengths = self._encode(texts)
         tokens = ids.astype(self.dtypes[0])
         document = np.repeat(np.arange(len(sentences)), sentences)[lengths > 0]
         lengths = lengths[lengths > 0]
@@ -241,6 +267,11 @@ class BlockEncoder:
             ended[is_text] = tokens
             tokens = ended
         return Column(tokens, lengths.astype("<i4"), sequences.astype("<i4"))
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if max(map(len, texts), default=0) <= LONG:
+            return self.tokenizer.encode_arrays(texts)
+        return joined([np.concatenate(list(self.tokenizer.encode_pieces([text]))) for text in texts])
 
     @property
     def dtypes(self) -> list[np.dtype]:

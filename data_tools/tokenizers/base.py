@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import TokenizerError
+
+LONG = 1 << 20  # characters of a text from which it is encoded in pieces: libraries need 40 (gigatoken) to 150 bytes for each
+_WORD_END = re.compile(r"\w(?=[ \n，。])")
+_WAYS = ((0, 0), (1, 0), (0, 1))  # what is left out behind a cut: nothing; a space, and the tokenizer adds one; the id of one that it adds
+_AROUND, _SEARCHED, _TRIED = 64, 1 << 14, 8  # characters compared on either side of a cut; where they are looked for, and how many
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -34,6 +40,7 @@ class Tokenizer(ABC):
         companions: files that belong beside them: copied with them, and no part of the hash.
         options: the other arguments that it was built with.
         settings: arguments that change its speed and no id.
+        is_local: it merges neighbours, so that what stands a few words away changes no id.
     """
 
     type: str
@@ -45,6 +52,7 @@ class Tokenizer(ABC):
     companions: tuple[Path, ...] = ()
     options: dict[str, Any]
     settings: dict[str, Any] = {}
+    is_local: bool = False
 
     @property
     def special_ids(self) -> set[int]:
@@ -69,6 +77,30 @@ class Tokenizer(ABC):
         encoded = self.encode_batch(texts)
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         return np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum())), lengths
+
+    def encode_pieces(self, text: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of a long text that comes in pieces, in pieces too, so that it takes little memory: all of them together are
+        those of `encode`. It is cut where the ids around the cut show that it changes none."""
+        held, left_out = "", 0
+        for part in text:
+            for start in range(0, len(part), LONG):
+                held += part[start : start + LONG]
+                if self.is_local and len(held) >= LONG and (cut := self._cut(held)):
+                    at, skipped, next_left_out = cut
+                    yield self.encode_arrays([held[:at]])[0][left_out:]
+                    held, left_out = held[at + skipped :], next_left_out
+        yield self.encode_arrays([held])[0][left_out:]
+
+    def _cut(self, text: str) -> tuple[int, int, int] | None:
+        """Where to cut near the end, and how many characters and ids to leave out behind it; None where no cut is known to be right."""
+        ends = [found.end() for found in _WORD_END.finditer(text, max(0, len(text) - _SEARCHED), len(text) - _AROUND)]
+        for at in reversed(ends[-_TRIED:]):
+            before, after = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
+            ids, whole = self.encode(before), self.encode(before + after)
+            for skipped, left_out in _WAYS[:: 1 if after[0] == " " else 2]:
+                if ids + self.encode(after[skipped:])[left_out:] == whole:
+                    return at, skipped, left_out
+        return None
 
     @property
     def engine(self) -> str:

@@ -26,6 +26,7 @@ class GPT2BPETokenizer(LibraryTokenizer):
     """
 
     type = "GPT2BPETokenizer"
+    is_local = True
 
     def __init__(self, vocab_file: Path, merge_file: Path, plain_special_tokens: bool = False, use_gigatoken: bool | None = None):
         from tokenizers import AddedToken, decoders, models, pre_tokenizers

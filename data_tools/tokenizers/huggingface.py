@@ -101,7 +101,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         backend.no_padding()
         self.companions = tuple(path for name in (*_CONFIGS, TEMPLATE) if (path := tokenizer_model.with_name(name)).is_file())
         config = _read_configs([path for path in self.companions if path.name != TEMPLATE])
-        _add_tokens(backend, config.get("added_tokens_decoder") or {}, tokenizer_model)
+        self._added = _add_tokens(backend, config.get("added_tokens_decoder") or {}, tokenizer_model)
         self._backend, self._adds = backend, tokenizer_hf_include_special_tokens
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
@@ -114,6 +114,13 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         self.files = {"tokenizer_model": tokenizer_model}
         self.options = {"eod_token": eod_token, "tokenizer_hf_include_special_tokens": tokenizer_hf_include_special_tokens}
         self.settings = {"use_gigatoken": use_gigatoken}
+
+    @cached_property
+    def is_local(self) -> bool:  # type: ignore[override]
+        return json.loads(self._backend.to_str())["model"]["type"] == "BPE"
+
+    def _identity(self) -> dict[str, Any]:
+        return self.options | ({"added": self._added} if self._added else {})
 
     def _make_gigatoken(self, factory: Any) -> Any:
         if not _is_byte_level(json.loads(self._backend.to_str())):
@@ -135,17 +142,20 @@ def _read_configs(paths: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
-def _add_tokens(backend: Any, listed: dict[str, dict[str, Any]], path: Path) -> None:
-    """Add the tokens that tokenizer_config.json alone has, which `transformers` adds too."""
+def _add_tokens(backend: Any, listed: dict[str, dict[str, Any]], path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Add the tokens that tokenizer_config.json alone has, which `transformers` adds too. They decide ids: returned in order."""
     from tokenizers import AddedToken
 
+    added = []
     for i, token in sorted((int(i), token) for i, token in listed.items()):
         if backend.token_to_id(token["content"]) is None:
             flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized")}
             backend.add_tokens([AddedToken(token["content"], special=bool(token.get("special")), **flags)])
+            added.append((i, {"content": token["content"], **flags}))
         if backend.token_to_id(token["content"]) != i:
             what = f"{token['content']!r} is {backend.token_to_id(token['content'])} by tokenizer.json and {i} by tokenizer_config.json"
             raise TokenizerError(what, str(path), "take both files of the same model")
+    return added
 
 
 def _find_eod(vocab: dict[str, int], token: str | None, path: Path, special_tokens: dict[str, int]) -> int:

@@ -6,6 +6,7 @@ Rank-based re-implementations split a share of words differently: SentencePiece 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,11 @@ class SentencePieceTokenizer(Tokenizer):
         every model for."""
         probe = " a  b\nﬁ "
         as_it_is = self._processor.normalize(probe) == "▁" * self.dummy_prefix + probe.replace(" ", "▁")
-        if not as_it_is or not self._processor.is_byte(self._processor.piece_to_id("<0x0A>")):
-            return False
+        return as_it_is and self.is_local and self._processor.is_byte(self._processor.piece_to_id("<0x0A>"))
+
+    @cached_property
+    def is_local(self) -> bool:  # type: ignore[override]
+        """Whether it merges pairs; a unigram model weighs ways through the whole text."""
         try:
             self._processor.nbest_encode("a", nbest_size=1)
         except RuntimeError:  # a unigram model alone can

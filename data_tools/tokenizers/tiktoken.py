@@ -75,6 +75,7 @@ class TikTokenizer(GigatokenBatches):
     """
 
     type = "TikTokenizer"
+    is_local = True
     library = "tiktoken"
 
     def __init__(

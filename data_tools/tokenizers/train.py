@@ -54,7 +54,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
         if sentences.failure:
             raise sentences.failure from None
         # The library's text is "INTERNAL: file.cc(line) [condition] message".
-        raise TokenizerError(f"cannot train: {str(error).rpartition('] ')[2]}", fix="another --vocab-size, or more text") from error
+        why = str(error).rpartition("] ")[2] or "there is no text"
+        raise TokenizerError(f"cannot train: {why}", fix="another --vocab-size, or more text") from error
     return model.getvalue()
 
 

@@ -3,11 +3,12 @@
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.tokenizers import build_tokenizer
+from data_tools.tokenizers import base, build_tokenizer
 from tests.data_tools.samples import HARD_TEXTS
 
 LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=30)
@@ -50,6 +51,30 @@ def test_encodings_agree_and_any_text_comes_back(tokenizer, texts):
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
         if " <mask>" not in text and "\n<mask>" not in text or tokenizer.type != "HuggingFaceTokenizer":  # it takes the space before it
             assert tokenizer.decode(ids) == text
+
+
+def pieces(tokenizer, text: str, size: int) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_pieces(text[i : i + size] for i in range(0, len(text), size))]
+
+
+@FAST
+@given(texts=st.lists(TEXT, max_size=20), size=st.integers(1, 60))
+def test_a_long_text_in_pieces(tokenizer, texts, size):
+    before, base.LONG = base.LONG, 40
+    try:
+        text = "你好，世界。 the cat sat\n".join(texts)
+        assert sum(pieces(tokenizer, text, size), []) == tokenizer.encode(text)
+    finally:
+        base.LONG = before
+
+
+def test_a_long_text_is_cut_where_neighbours_are_merged(tokenizer, monkeypatch):
+    monkeypatch.setattr(base, "LONG", 200)
+    text = "the cat sat on that mat, and it is said to return 12 times\n" * 20
+    found = pieces(tokenizer, text, 50)
+    assert sum(found, []) == tokenizer.encode(text)
+    assert (len(found) > 4) == (tokenizer.type != "SentencePieceTokenizer" or tokenizer.is_local)
+    assert max(map(len, found)) < 250 or not tokenizer.is_local
 
 
 def test_which_library_runs(of_every_type):

@@ -95,6 +95,7 @@ def test_tokens_that_only_the_configuration_adds(changed):
     tokenizer = build(changed(tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": decoder}))
     assert tokenizer.encode("a<extra>b") == [*tokenizer.encode("a"), 402, *tokenizer.encode("b")]
     assert tokenizer.vocab_size == 403 and tokenizer.special_tokens["<extra>"] == 402
+    assert tokenizer.hash() != build(changed(tokenizer_config={"eos_token": "<|end|>"})).hash()  # they decide ids
 
 
 def sentencepiece_like(folder, **model):
