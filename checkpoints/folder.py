@@ -118,8 +118,9 @@ def newest_checkpoint(path: Path) -> Path:
     tracker, there = folder / TRACKER, ", ".join(path.name for path in whole_checkpoints(folder))
     if not tracker.is_file():
         without = f"nothing says which checkpoint is the newest in {folder}" if there else f"there is no whole checkpoint in {path}"
+        lacks = f"it holds no {TRACKER}" if folder.is_dir() else "it is a file" if folder.exists() else "there is no such folder"
         raise CheckpointError(
-            f"{without}: it holds no {TRACKER}" + (f" (there: {there})" if there else ""),
+            f"{without}: {lacks}" + (f" (there: {there})" if there else ""),
             f"write the number of one of these into {folder / TRACKER}, or give its folder" if there else "",
         )
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()

@@ -224,9 +224,8 @@ def _typed(line: Line, key: str, text: str) -> Any:
             raise ValueError
         return int(text) if kind is int and text.lstrip("+-").isdigit() else kind(number)
     except (ValueError, OverflowError):
-        raise UserError(
-            f"{line.name} must be {keys()[key].expected.split(' or null')[0]}, not {text!r}", "", keys()[key].doc
-        ) from None
+        what = f"{line.name} must be {keys()[key].expected.split(' or null')[0]}, not {text!r}"
+        raise UserError(what, "", f"digits alone, such as {line.name} {8 if kind is int else 0.1}") from None
 
 
 def _list(line: Line, key: str, words: list[str]) -> Any:
@@ -242,7 +241,7 @@ def _typed_item(line: Line, key: str, word: str) -> Any:
     if key != "training.rampup_batch_size":
         return word
     if not word.isdigit():
-        raise UserError(f"{line.name} takes whole numbers, not {word!r}", "", keys()[key].doc)
+        raise UserError(f"{line.name} takes whole numbers, not {word!r}", "", f"three of them, such as {line.name} 16 16 1000000")
     return int(word)
 
 

@@ -30,7 +30,8 @@ def available() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, path)
+            if path.is_file():  # no folder, and no link to what is gone
+                found.setdefault(path.stem, path)
     return dict(sorted(found.items(), key=lambda item: in_order(item[0])))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from launcher.errors import UserError
 from launcher.recipe.find import find, label
@@ -86,8 +87,10 @@ def _read(path: Path, lines: dict[str, int], faults: list[UserError]) -> dict[st
         )
     except Unread as error:
         faults.append(error)
+    except OmegaConfBaseException as error:  # an expression that is not closed
+        faults.append(Unread(f"this recipe cannot be read: {str(error).splitlines()[0]}", label(path), "close every ${...}, or quote what is none: \\${...}"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        faults.append(Unread(f"this recipe cannot be read: {error}", label(path)))
+        faults.append(Unread(f"this recipe cannot be read: {error}", label(path), "give a YAML file in UTF-8"))
     return {}
 
 
@@ -129,7 +132,7 @@ def from_words(words: list[str], faults: list[UserError]) -> tuple[list[Given], 
             meant.append(name)
             what = f"unknown key {key}" if equals else f"{word!r} is not key=value"
             faults.append(UserError(what, "command line", f"did you mean recipe={name}?"))
-        elif not equals or not key:
+        elif not equals or not key or word == "recipe=":
             fix = "write key=value, such as training.train_iters=100, or recipe=NAME"
             faults.append(UserError(f"{word!r} is not key=value", "command line", fix))
         elif key == "recipe":
@@ -137,7 +140,7 @@ def from_words(words: list[str], faults: list[UserError]) -> tuple[list[Given], 
         else:
             try:
                 value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
-            except (yaml.YAMLError, ValueError):
+            except (yaml.YAMLError, OmegaConfBaseException, ValueError):
                 fix = f"close brackets and quotes; text with signs in it is quoted twice: '{key}=\"...\"'"
                 faults.append(UserError(f"the value of {key} cannot be read: {text}", "command line", fix))
                 continue

@@ -34,7 +34,8 @@ def test_list_has_every_recipe_once_under_its_verb_within_a_terminal(yuan, tmp_p
 
 
 def test_list_has_ones_own_recipes_with_their_files(yuan, tmp_path):
-    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "folder.yaml").mkdir(parents=True)
+    (tmp_path / "recipes" / "link.yaml").symlink_to("gone")  # what is no recipe is none
     (tmp_path / "recipes" / "quickstart.yaml").write_text("# My own\n#   yuan pretrain recipe=quickstart\n")
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "night.yaml").write_text("run: {}\n")

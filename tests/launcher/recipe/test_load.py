@@ -77,6 +77,8 @@ def test_all_faults_at_once_each_with_its_place(write_recipe):
         "oops",
         "training=3",
         "data.data_path=[a",
+        "run.name=${training.seed",
+        "recipe=",
         "launch.device=gpu",
         "training.seed=null",
     )
@@ -90,6 +92,8 @@ def test_all_faults_at_once_each_with_its_place(write_recipe):
         ("'oops' is not key=value", "command line"),
         ("training is a group of keys, not a value", "command line"),
         ("the value of data.data_path cannot be read: [a", "command line"),
+        ("the value of run.name cannot be read: ${training.seed", "command line"),
+        ("'recipe=' is not key=value", "command line"),
         ("launch.device must be one of auto, cpu, cuda, not 'gpu'", "command line"),
         ("training.seed must be a whole number, not null", "command line"),
     }
@@ -167,6 +171,7 @@ def test_a_base_that_is_not_there_is_not_the_recipe_itself(write_recipe):
         ("training: ]\n", "not YAML"),
         ("- a\n", "a recipe is made of groups"),
         ("training: 3\n", "training is a group of keys"),
+        ("run: {name: '${training.seed'}\n", "cannot be read: no viable alternative"),
         ("base: 345\n", "no recipe's name"),
         ("base: 345n\n", "no recipe is named '345n'"),
     ],
@@ -174,7 +179,7 @@ def test_a_base_that_is_not_there_is_not_the_recipe_itself(write_recipe):
 def test_a_broken_file_is_named(write_recipe, text, what):
     write_recipe("a", text)
     (fault,) = faults("recipe=a")
-    assert what in fault.what and fault.where.startswith("./recipes/a.yaml:1")
+    assert what in fault.what and fault.where.startswith("./recipes/a.yaml") and fault.fix
 
 
 def test_an_unknown_recipe_and_no_recipe_and_two_recipes():
