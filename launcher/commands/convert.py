@@ -16,7 +16,9 @@ from checkpoints.recognise import QUANTIZED, Found, recognise
 from launcher.commands.convert_logits import TOLERANCE, compare_logits, expect_prompts
 from launcher.commands.convert_report import Meter, errors, grouped, next_step, plan
 from launcher.commands.convert_verify import compare
+from launcher.commands.pretrain import warn
 from launcher.errors import UserError
+from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
 from launcher.recipe.check import ensure
@@ -31,7 +33,7 @@ if TYPE_CHECKING:  # it imports torch
     from checkpoints.formats.base import Source
 
 _WORDS_HELP = "The checkpoint's folder and the folder to write; a recipe, and values that override its own."
-_TO_HELP = "The format to write. Default: torch_dist, which loads at any TP and PP."
+_TO_HELP = "The format to write: hf, torch_dist, torch, yuan, pai or mindspore. Default: torch_dist, which loads at any TP and PP."
 _DTYPE_HELP = "Precision of what is written: bf16, fp16 or fp32. Default: the source's."
 _HF_HELP = "A Hugging Face folder whose config.json and tokenizer are to go with the weights."
 _IMPL_HELP = "torch: the names of modules, local (default, yuan's on a CPU) or transformer_engine, as Megatron-LM's option of that name."
@@ -50,7 +52,6 @@ _LOGITS_HELP = "With --verify: let both read the same prompts, and compare what 
 _INPUT_HELP = "--logits: the prompts, JSONL as for yuan generate. Default: eight of random token ids."
 _WORKERS_HELP = "Processes. Default: 1, which computes checksums and writes side by side."
 _SHARD_HELP = "Write the I-th of N shares of the tensors, from 0, each on a machine of its own; the last to finish ends the conversion."
-_STOPPED = 3  # the exit code of what a signal stopped, and the same command goes on with
 _VOCABULARY_HELP = "Ids of the vocabulary, for a source that says only what it was padded to."
 
 
@@ -86,7 +87,11 @@ def convert(
     to hold what SRC holds; beside the weights lies conversion.json, which says what became of every tensor. A conversion that was
     stopped goes on with what it had written when the same command is typed again.
 
-    yuan convert A B --verify compares two checkpoints, whatever their formats and layouts, and with --logits what they answer.
+    \b
+    Examples:
+      yuan convert data/Llama-2-7b-hf data/llama2_7b    from Hugging Face
+      yuan convert runs/345m_1dp data/345m_hf --to hf   and to it
+      yuan convert A B --verify                         do two hold the same?
     """
     places = [word for word in words or [] if "=" not in word]
     if len(places) not in (0, 2):
@@ -137,8 +142,7 @@ def carry_out(loaded: Loaded) -> None:
     Raises:
         UserError: it cannot be; nothing is at its target then.
     """
-    for warning in ensure(loaded, "convert"):
-        typer.echo(f"warning: {warning.what}" + (f" ({warning.where})" if warning.where else ""), err=True)
+    warn(ensure(loaded, "convert"))
     try:
         _run(loaded)
     except CheckpointError as error:
@@ -146,7 +150,7 @@ def carry_out(loaded: Loaded) -> None:
     except KeyboardInterrupt:
         part = f"{str(loaded.recipe.convert.target).rstrip('/')}.part"
         typer.echo(f"stopped    {f'what is written is kept in {part}' if Path(part).is_dir() else 'nothing was written yet'}; the same command goes on", err=True)
-        raise typer.Exit(_STOPPED) from None
+        raise typer.Exit(STOPPED) from None
     except OSError as error:
         fix = "see to the space and the rights there, and start again"
         raise UserError(f"cannot read or write: {error}", str(loaded.recipe.convert.target), fix) from error

@@ -38,6 +38,11 @@ def inspect(
     """Tell a checkpoint's format, model, layout, size and tokenizer, and what is wrong with it.
 
     Names, shapes and sizes are looked at; with --deep every number. Exit code 1 where something is wrong.
+
+    \b
+    Examples:
+      yuan inspect runs/345m_1dp
+      yuan inspect data/Llama-2-7b-hf --deep
     """
     places = [word for word in words if "=" not in word]
     if len(places) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -39,6 +40,12 @@ def pretrain(
     """Train. Everything goes into the run folder, runs/NAME; the same command on the same folder resumes the run.
 
     checkpoint.load=FOLDER starts from trained weights: a run, a Hugging Face folder, any format that `yuan convert` reads.
+
+    \b
+    Examples:
+      yuan pretrain recipe=345m_1dp
+      yuan pretrain recipe=345m_1dp run.name=lr3e-4 optimizer.lr=3e-4
+      yuan pretrain recipe=345m_4dp parallel.tensor_model_parallel_size=2
     """
     loaded = load(words or [], checked=True)
     warn(ensure(loaded, "pretrain", launching=not dry_run, accept_changes=accept_changes))
@@ -167,4 +174,4 @@ def _next_command(folder: RunFolder) -> str:
     command = "yuan generate --input pred_input.jsonl"
     if Path(os.path.abspath(folder.path)).parent == Path.cwd() / "runs":
         return command
-    return f"{command} generate.load={folder.path}"
+    return f"{command} --load {shlex.quote(str(folder.path))}"
