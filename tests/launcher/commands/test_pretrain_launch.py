@@ -80,7 +80,7 @@ def test_a_run_from_plan_to_the_next_command_and_again(home):
 def test_a_run_elsewhere_names_its_folder_in_the_next_command(home):
     code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes", "run.dir=elsewhere/x")
     assert code == 0, err
-    assert err.endswith("next       yuan generate --input pred_input.jsonl generate.load=elsewhere/x\n")
+    assert err.endswith("next       yuan generate --input pred_input.jsonl --load elsewhere/x\n")
 
 
 def test_every_fault_is_shown_and_nothing_is_started(home):
