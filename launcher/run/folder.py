@@ -21,6 +21,7 @@ from launcher.recipe.frozen import read_frozen, write_frozen
 from launcher.recipe.schema import Recipe, Tokenizer
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
 from launcher.run.changes import Change, classify
+from launcher.whole import write_whole
 
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
@@ -254,9 +255,9 @@ def too_short(folder: RunFolder, recipe: Recipe, sources: dict[str, str]) -> lis
 def length(recipe: Recipe, steps: int) -> tuple[str, int | None, int]:
     """The key that says how long the training is, its value, and the one that makes it at least so many steps."""
     t = recipe.training
-    if t.train_iters is not None:
     if t.epochs is not None and recipe.derived.train_iters:
         return "training.epochs", t.epochs, -(-steps * t.epochs // recipe.derived.train_iters)
+    if t.train_iters is not None:
         return "training.train_iters", t.train_iters, steps
     if t.train_samples is not None:
         return "training.train_samples", t.train_samples, steps * t.global_batch_size
@@ -272,9 +273,7 @@ def _record_start(folder: RunFolder, command: list[str]) -> None:
     """Add the command to command.txt; environment.json tells of the newest start."""
     with folder.command.open("a", encoding="utf-8") as file:
         file.write(f"# {_now()}\n{shlex.join(command)}\n")
-    part = folder.environment.with_name(folder.environment.name + ".part")
-    part.write_text(json.dumps(_environment(), indent=2) + "\n", encoding="utf-8")
-    part.replace(folder.environment)
+    write_whole(folder.environment, json.dumps(_environment(), indent=2) + "\n")
 
 
 def _environment() -> dict[str, Any]:
