@@ -26,10 +26,11 @@ _NAME = re.compile(r"iter_(\d{7,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing or cannot be used; the message names the path and what is wrong with it, `fix` the mend."""
+    """A checkpoint that is missing or cannot be used; the message names the path and what is wrong with it, `fix` the mend. Names out of
+    files may hold what no terminal shows, or would take for a command: it is shown as Python would write it."""
 
     def __init__(self, what: str, fix: str = ""):
-        super().__init__(what)
+        super().__init__("".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in what))
         self.fix = fix
 
 

@@ -73,9 +73,9 @@ class Names(dict[Any, Any]):
 class Unpickler(pickle.Unpickler):
     """Gives every name that a pickle asks for what `allowed` has for it, and refuses the others."""
 
-    def __init__(self, file: BinaryIO, allowed: Mapping[str, Any], path: Path):
-        super().__init__(file)
-        self._allowed, self._path = allowed, path
+    def __init__(self, content: bytes, allowed: Mapping[str, Any], path: Path):
+        super().__init__(io.BytesIO(content))
+        self._content, self._allowed, self._path = content, allowed, path
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -94,6 +94,7 @@ class Unpickler(pickle.Unpickler):
             CheckpointError: it is damaged, or asks for what is not allowed.
         """
         try:
+            self._expect_room()
             return self.load()
         except CheckpointError:
             raise
@@ -101,10 +102,17 @@ class Unpickler(pickle.Unpickler):
             raise CheckpointError(f"{self._path} is damaged: {type(error).__name__}: {error}", _AGAIN) from error
 
 
+    def _expect_room(self) -> None:
+        """What a pickle notes for later is numbered; for the number 2 billion Python would take 34 GB. A microsecond for each step."""
+        for code, number, _ in pickletools.genops(self._content):
+            if code.name in ("PUT", "LONG_BINPUT") and number > len(self._content):
+                raise ValueError(f"a note of the number {number:,}, in {len(self._content):,} bytes")
+
+
 class _TorchUnpickler(Unpickler):
     """For the pickle inside torch.save's archive; `places` are the bytes of its storages, by key: (offset, size)."""
 
-    def __init__(self, file: BinaryIO, path: Path, places: Mapping[str, tuple[int, int]]):
+    def __init__(self, content: bytes, path: Path, places: Mapping[str, tuple[int, int]]):
         allowed = {f"torch.{name}": dtype for name, dtype in _STORAGES.items()} | {
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -115,7 +123,7 @@ class _TorchUnpickler(Unpickler):
             "argparse.Namespace": Settings,
             "types.SimpleNamespace": Settings,
         }
-        super().__init__(file, allowed, path)
+        super().__init__(content, allowed, path)
         self._places = places
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
@@ -168,7 +176,7 @@ def read(path: Path, offset: int = 0, length: int | None = None) -> Any:
             raise
         except Exception as error:
             raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}", _AGAIN) from error
-    found = _TorchUnpickler(io.BytesIO(content), path, places).read()
+    found = _TorchUnpickler(content, path, places).read()
     _expect_tree(found, path, frozenset(), {})
     return found
 

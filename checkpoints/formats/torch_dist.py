@@ -158,8 +158,7 @@ def _known(folder: Path) -> Any:
     path = folder / ".metadata"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no .metadata: it was not written to its end", _AGAIN)
-    with open(path, "rb") as file:
-        return pickled.Unpickler(file, _ALLOWED, path).read()
+    return pickled.Unpickler(path.read_bytes(), _ALLOWED, path).read()
 
 
 def _objects(known: Mapping[str, Any], folder: Path, path: Path) -> dict[str, tuple[Path, int, int]]:

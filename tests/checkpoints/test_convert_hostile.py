@@ -92,6 +92,7 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nByteStorage\
         (b"ccollections\nOrderedDict\n(N(dS'items'\nI1\nstb.", "damaged"),
         (b"(dp0\nS'a'\ng0\ns.", "holds itself"),
         (pickle.dumps(shared(40)), "more than 10,000,000 parts"),  # of 40 dictionaries
+        (b"}r\xff\xff\xff\x0f.", "a note of the number 268,435,455"),
         (pickle.dumps(deep(100)), "more than 64 deep"),
         (TENSOR.replace(b"(I16\nt(I1", b"(F16.0\nt(I1") + b".", "no number"),
     ],

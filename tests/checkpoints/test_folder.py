@@ -49,6 +49,10 @@ def test_a_path_may_be_a_run_a_folder_of_checkpoints_or_one_of_them(tmp_path):
         assert newest_checkpoint(path) == whole
 
 
+def test_names_that_no_terminal_shows_are_told():
+    assert str(CheckpointError("layers.\ud800\x1b[31m: é\n    层")) == "layers.\\ud800\\x1b[31m: é\n    层"
+
+
 def test_megatron_lms_release_is_a_checkpoint(tmp_path):
     (tmp_path / "release").mkdir()
     (tmp_path / TRACKER).write_text("release\n")
