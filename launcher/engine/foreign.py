@@ -20,6 +20,7 @@ from checkpoints.files.stored import NAMES
 from checkpoints.folder import CheckpointError
 from checkpoints.formats.base import Source
 from checkpoints.formats.torch_dist import key_of, settings
+from checkpoints.models.megatron import tanh_gelu
 from checkpoints.models.model import FREE
 from checkpoints.models.tensor import Tensor, pad
 from checkpoints.parallel import all_finite
@@ -90,6 +91,7 @@ def expect_model(recipe: Recipe, settings: Mapping[str, Any], checkpoint: Path) 
     """
     names = {"norm_epsilon": "layernorm_epsilon"}  # Megatron-LM's own name for it
     said = {key: settings.get(key, settings.get(names.get(key, key))) for key in (*_BY_NUMBERS, *_ROTARY, "rope_scaling_factor")}
+    said["openai_gelu"] = tanh_gelu(settings) if "openai_gelu" in settings else None
     _expect(recipe, {key: value for key, value in said.items() if value is not None}, checkpoint)
 
 

@@ -49,7 +49,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         attention_softmax_in_fp32=model.attention_softmax_in_fp32,
-        attention_backend=AttnBackend[model.attention_backend],
+        # Transformer Engine's; of others the layer spec decides. megatron-core refuses a second choice in one process.
+        attention_backend=AttnBackend[model.attention_backend if transformer_engine(recipe) else "auto"],
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(recipe),
@@ -75,7 +76,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # launcher/engine/cpu_port.py has its kernel, a GPU's is in Apex. It adds to a buffer that ZeRO 2 and 3 have not.
         gradient_accumulation_fusion=on_cpu and (parallel.zero or 0) < 2,
         masked_softmax_fusion=False,
-        bias_activation_fusion=not on_cpu and (model.swiglu or model.add_bias_linear and not model.openai_gelu),
+        bias_activation_fusion=fused_activation(recipe),
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=transformer_engine(recipe) and model.position_embedding_type == "rope",
         persist_layer_norm=False,
@@ -85,10 +86,18 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 
 
 def activation(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What stands between the two matrices of a feed-forward layer."""
+    """What stands between the two matrices of a feed-forward layer, under the name by which megatron-core knows its fused form."""
     if recipe.model.swiglu:
         return torch.nn.functional.silu
-    return partial(torch.nn.functional.gelu, approximate="tanh") if recipe.model.openai_gelu else torch.nn.functional.gelu
+    by_itself = recipe.model.openai_gelu and not fused_activation(recipe)
+    return partial(torch.nn.functional.gelu, approximate="tanh") if by_itself else torch.nn.functional.gelu
+
+
+def fused_activation(recipe: Recipe) -> bool:
+    """Whether a GPU adds the bias and computes the activation in one kernel: megatron-core's for GELU, which it asks for by the
+    exact function, is of the tanh formula, 5e-4 from it."""
+    model = recipe.model
+    return recipe.derived.device == "cuda" and (model.swiglu or model.openai_gelu and model.add_bias_linear)
 
 
 def build_chunk(recipe: Recipe, config: TransformerConfig, pre: bool, post: bool, vp_stage: int | None = None) -> LanguageModel:

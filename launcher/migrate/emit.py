@@ -103,6 +103,8 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
     model, training = found.setdefault("model", []), found.setdefault("training", [])
     if not recipe.model.add_bias_linear:
         model.append(["--disable-bias-linear"])
+    if not (recipe.model.swiglu or recipe.model.openai_gelu):
+        model.append(["--no-bias-gelu-fusion"])
     if recipe.training.precision != "fp32":
         training.append([f"--{recipe.training.precision}"])
     if (recipe.parallel.zero or 0) >= 2:
@@ -117,7 +119,7 @@ def flags_of(loaded: Loaded, everything: bool = False) -> dict[str, list[Words]]
 
 def _words(key: str, name: str, value: Any, loaded: Loaded, everything: bool) -> Words:
     source = loaded.sources[key]
-    if value is None or value is False:
+    if value is None or value is False or key == "model.openai_gelu":  # Megatron-LM's fused kernel computes that by itself
         return []
     if not everything and key not in ALWAYS:
         alike = source == "derived" and (key in DERIVED_ALIKE or _is_whole_decay(key, loaded.recipe))

@@ -121,8 +121,7 @@ WITHOUT_BEARING = {
         --cross-entropy-fusion-impl --use-te-activation-func --fused-rmsnorm --no-query-key-layer-scaling
         --no-apply-query-key-layer-scaling --apply-query-key-layer-scaling --use-fused-weighted-squared-relu --flash-decode
         --enable-cuda-graph --cuda-graph-* --external-cuda-graph""",
-    "on GPUs GELU with a bias is fused, by the formula with tanh, as Megatron-LM's default is: within 0.0005 of the exact one":
-        "--no-bias-gelu-fusion",
+    "GELU is then the exact one, as here without model.openai_gelu": "--no-bias-gelu-fusion",
     "dropout draws from generators of megatron-core's own": "--te-rng-tracker --inference-rng-tracker",
     _MEMORY: "--manual-gc --manual-gc-interval --no-manual-gc-eval --empty-unused-memory-level",
     _LOGGING: """--tensorboard-dir --tensorboard-log-interval --tensorboard-queue-size --log-validation-ppl-to-tensorboard

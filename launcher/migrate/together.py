@@ -180,6 +180,14 @@ def _llama_dropout(lines: list[Line], verb: str) -> None:
     lines.append(Line("default", "dropout", "0.1", trap=trap + "model.hidden_dropout=0", note="kept"))
 
 
+def _gelu(lines: list[Line], verb: str) -> None:
+    """Megatron-LM adds the bias and computes GELU in one kernel unless it is told not to, and that one is the tanh formula."""
+    values = values_of(lines)
+    has_bias = values.get("model.add_bias_linear", True) and not values.get("model.swiglu")
+    if "model.num_layers" in values and has_bias and not find(lines, "--no-bias-gelu-fusion", "--openai-gelu"):
+        lines.append(Line("default", "GELU", "tanh formula", {"model.openai_gelu": True}, note="--no-bias-gelu-fusion is not given"))
+
+
 def _schedule(lines: list[Line], verb: str) -> None:
     """A decay much longer than the training: the rate never falls, and a warm-up fraction is one of the decay."""
     values = values_of(lines)
@@ -222,5 +230,5 @@ def _folders(lines: list[Line], verb: str) -> None:
         load.trap = "" if find(lines, "--no-load-optim") is None else trap
 
 
-RULES = (_precisions, _repeated, _queries, _recompute, _accumulation, _virtual_stages, _yuan, _dropout, _positions, _family, _llama_dropout, _schedule,
+RULES = (_precisions, _repeated, _queries, _recompute, _accumulation, _virtual_stages, _yuan, _dropout, _positions, _family, _llama_dropout, _gelu, _schedule,
          _sequence_parallel, _folders)  # fmt: skip

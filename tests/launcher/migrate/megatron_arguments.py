@@ -18,7 +18,7 @@ LISTS = "rampup-batch-size data-path train-data-path valid-data-path test-data-p
 SWITCHES = """swiglu add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 sequence-parallel
     use-distributed-optimizer overlap-grad-reduce overlap-param-gather reset-position-ids reset-attention-mask eod-mask-loss
     finetune no-load-optim no-load-rng bf16 fp16 disable-bias-linear group-query-attention tokenizer-hf-include-special-tokens
-    use-rope-scaling openai-gelu"""
+    use-rope-scaling openai-gelu no-bias-gelu-fusion"""
 CHOICES = {
     "position-embedding-type": ("learned_absolute", "rope", "mrope", "relative", "none"),
     "normalization": ("LayerNorm", "RMSNorm"),

@@ -62,14 +62,15 @@ OPTIONAL = {
     "attention-backend": st.sampled_from(["auto", "flash", "fused", "unfused"]),
     "position-embedding-type": st.sampled_from(["learned_absolute", "rope", "none"]), "ckpt-format": st.sampled_from(["torch", "torch_dist"]),
 }  # fmt: skip
-SWITCHES = """swiglu add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 use-distributed-optimizer
+SWITCHES = """add-qkv-bias untie-embeddings-and-output-weights attention-softmax-in-fp32 use-distributed-optimizer
     overlap-grad-reduce overlap-param-gather reset-position-ids reset-attention-mask eod-mask-loss no-load-optim no-load-rng
-    disable-bias-linear use-rope-scaling openai-gelu""".split()
+    use-rope-scaling""".split()
 TOGETHER = {
     "length": ["--train-iters 50", "--train-samples 500", "--train-samples 9 --rampup-batch-size 2 2 8", "--train-iters 7 --lr-decay-iters 9",
                "--train-samples 7 --lr-decay-samples 5 --lr-warmup-samples 2", "--train-iters 70 --lr-warmup-iters 3",
                "--train-iters 70 --lr-warmup-fraction 0.01"],
     "precision": ["", "--bf16", "--fp16"],
+    "activation": ["", "--swiglu", "--no-bias-gelu-fusion", "--swiglu --disable-bias-linear", "--no-bias-gelu-fusion --disable-bias-linear"],
     "queries": ["", "--group-query-attention --num-query-groups 2", "--group-query-attention --num-query-groups 4"],
     "parallel": ["", "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 4", "--tensor-model-parallel-size 4"],
     "recompute": ["", "--recompute-granularity selective",

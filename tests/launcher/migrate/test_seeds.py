@@ -30,7 +30,7 @@ TRAINING_7B = LLAMA_7B | {
 }  # fmt: skip
 GPT2_345M = {
     "model.family": "gpt2", "model.num_layers": 24, "model.hidden_size": 1024, "model.num_attention_heads": 16,
-    "model.max_position_embeddings": 1024, "training.seq_length": 1024, "training.precision": "fp16",
+    "model.max_position_embeddings": 1024, "model.openai_gelu": True, "training.seq_length": 1024, "training.precision": "fp16",
     "parallel.tensor_model_parallel_size": 1, "parallel.pipeline_model_parallel_size": 1,
     "tokenizer.vocab_file": "/workspace/model/gpt2-vocab/gpt2-vocab.json",
     "tokenizer.merge_file": "/workspace/model/gpt2-vocab/gpt2-merges.txt", "launch.nnodes": 1,
