@@ -1,4 +1,4 @@
-"""Attention on a CPU where torch's one kernel does not do: with dropout, and over documents that are kept apart.
+"""Attention where torch's one kernel does not do: on a CPU with dropout, and over documents that are kept apart.
 
 With dropout block by block, without the half above the diagonal.
 
@@ -10,6 +10,7 @@ dropout's mask is kept, a byte for each pair of a query and a key that it sees.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from launcher.recipe.estimate.activations import DROPOUT_ROWS as ROWS  # queries per block: 64 are as fast, 512 take 1.4 x
 
@@ -24,25 +25,18 @@ def causal_attention_with_dropout(
     return _Blocks.apply(query, key, value, dropout, scale)
 
 
-def documents(mask: torch.Tensor) -> list[list[slice]] | None:
-    """The places of each sample's documents, where `mask` [b, 1, s, s], True for what is hidden, is causal and keeps documents
-    apart; None for any other mask. Found once for a mask, whatever the number of layers; but a layer that is recomputed gets it detached,
-    as another tensor, and finds them again."""
-    if not hasattr(mask, "documents"):
-        mask.documents = _documents(mask[:, 0])
-    return mask.documents
-
-
-def _documents(hidden: torch.Tensor) -> list[list[slice]] | None:
-    places = torch.arange(hidden.shape[-1])
-    first_seen = hidden.byte().argmin(-1)  # [b, s]: of each query
-    begins = first_seen == places
-    if not torch.equal(first_seen, (places * begins).cummax(-1).values):
-        return None
-    if not torch.equal(hidden, (places < first_seen[..., None]) | (places > places[:, None])):
-        return None
-    edges = [[*sample.nonzero().flatten().tolist(), len(places)] for sample in begins]
+def documents(document: torch.Tensor) -> list[list[slice]]:
+    """The places of each sample's documents, where `document` [b, s] numbers each position's."""
+    begins = pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
+    edges = [[*sample.nonzero().flatten().tolist(), document.shape[1]] for sample in begins]
     return [[slice(*pair) for pair in zip(sample, sample[1:])] for sample in edges]
+
+
+def document_mask(document: torch.Tensor) -> torch.Tensor:
+    """True for what is hidden, [b, 1, s, s]: what comes later, and other documents. From each position's document [b, s]."""
+    size = document.shape[1]
+    later = torch.ones(size, size, dtype=torch.bool, device=document.device).triu(1)
+    return (later | (document[:, :, None] != document[:, None, :]))[:, None]
 
 
 class _Blocks(torch.autograd.Function):

@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from launcher.engine.rows import build_row_sets
 from launcher.errors import UserError
@@ -91,7 +92,7 @@ def _builder(recipe: Recipe, cache: Path, reads: Callable[[], bool]) -> BlendedM
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,  # causal attention needs no mask of its own
+        create_attention_mask=False,  # causal attention needs none, and documents are told by their numbers: `_collated`
     )
     return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts(recipe), reads, config)
 
@@ -131,6 +132,8 @@ def loader(recipe: Recipe, dataset: Dataset | None, consumed: int) -> Iterator[d
         parallel_state.get_data_parallel_world_size(),
     )
     workers = recipe.data.num_workers
+    apart = recipe.data.reset_attention_mask and recipe.data.train is None  # samples of rows tell their documents
+    eod = tokenizer_of(recipe.tokenizer).eod if apart else None
     return iter(
         DataLoader(
             dataset,
@@ -139,10 +142,20 @@ def loader(recipe: Recipe, dataset: Dataset | None, consumed: int) -> Iterator[d
             persistent_workers=workers > 0,
             pin_memory=recipe.derived.device == "cuda",
             worker_init_fn=_outlive_the_signal,
+            collate_fn=partial(_collated, eod),
             # A generator of its own: otherwise opening the loader would move the one that draws dropout.
             generator=torch.Generator(),
         )
     )
+
+
+def _collated(eod: int | None, samples: list[dict]) -> dict[str, torch.Tensor]:
+    """A microbatch of samples, with `eod` the document of each position [b, s] too: behind that token begins the next."""
+    batch = default_collate(samples)
+    if eod is not None:
+        ends = batch["tokens"] == eod
+        batch["document"] = ends.cumsum(1) - ends.long()
+    return batch
 
 
 def _outlive_the_signal(worker: int) -> None:
@@ -154,29 +167,17 @@ def _outlive_the_signal(worker: int) -> None:
 def next_batch(recipe: Recipe, batches: Iterator[dict] | None) -> dict[str, torch.Tensor | None]:
     """The next microbatch on every rank that needs it.
 
-    Returns tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32 and attention_mask [b, 1, s, s] bool or
-    None; all None on the stages that need none. Tensor rank 0 reads and broadcasts.
+    Returns tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32 and attention_mask, which is the document of each
+    position [b, s] int64 where they are kept apart; all None on the stages that need none. Tensor rank 0 reads and broadcasts.
     """
-    names = ["tokens", "labels", "position_ids", "loss_mask", "attention_mask"]
-    masked, of_rows = recipe.data.reset_attention_mask, recipe.data.train is not None
+    names = ["tokens", "labels", "position_ids", "loss_mask"]
+    masked = recipe.data.reset_attention_mask
     if not needs_data(recipe):
-        return dict.fromkeys(names)
+        return dict.fromkeys([*names, "attention_mask"])
     sample = next(batches) if batches is not None else None
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         batch = {name: tensor.cuda(non_blocking=True) for name, tensor in sample.items()}
     else:
-        whole = ["tokens", "labels", "position_ids"] + ["document"] * of_rows
-        batch = tensor_parallel.broadcast_data(whole, sample, torch.int64)
+        batch = tensor_parallel.broadcast_data(["tokens", "labels", "position_ids"] + ["document"] * masked, sample, torch.int64)
         batch |= tensor_parallel.broadcast_data(["loss_mask"], sample, torch.float32)
-        if masked and not of_rows:
-            batch |= tensor_parallel.broadcast_data(["attention_mask"], sample, torch.bool)
-    if masked and of_rows:
-        batch["attention_mask"] = document_mask(batch["document"])
-    return {name: batch.get(name) for name in names}
-
-
-def document_mask(document: torch.Tensor) -> torch.Tensor:
-    """True for what is hidden, [b, 1, s, s]: what comes later, and other documents. From each position's document [b, s]."""
-    size = document.shape[1]
-    later = torch.ones(size, size, dtype=torch.bool, device=document.device).triu(1)
-    return (later | (document[:, :, None] != document[:, None, :]))[:, None]
+    return {name: batch[name] for name in names} | {"attention_mask": batch["document"] if masked else None}

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
 
-from launcher.engine.attention import causal_attention_with_dropout, documents
+from launcher.engine.attention import causal_attention_with_dropout, document_mask, documents
 from launcher.engine.quantized import Int8ColumnParallelLinear, Int8RowParallelLinear
 
 
@@ -39,21 +39,20 @@ class FusedAttention(DotProductAttention):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
     Takes query [sq, b, heads, d], key and value [sk, b, groups, d], returns [sq, b, heads x d], heads and groups being
-    those of this tensor-parallel rank. `attention_mask`, where given, is boolean [b, 1, sq, sk] with True for what is
-    hidden. On a CPU a mask that keeps documents apart becomes a call for each document, half the work and no mask in floats,
-    and dropout, for which torch has no fused kernel there, is this repository's own.
+    those of this tensor-parallel rank. `attention_mask`, where given, is the document of each position [b, s]: attention stays
+    within it. On a CPU that is a call for each document, half the work and no mask, and dropout, for which torch has no fused
+    kernel there, is this repository's own; on a GPU each layer makes the mask.
     """
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         dropout, on_cpu = self.attention_dropout.p if self.training else 0.0, query.device.type == "cpu"
         apart = documents(attention_mask) if on_cpu and attention_mask is not None else None
-        if on_cpu and dropout > 0 and attention_mask is not None and apart is None:
-            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        hidden = None if apart or attention_mask is None else document_mask(attention_mask)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         drawing = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if drawing else nullcontext():
             if apart is None:
-                context = self._attend(query, key, value, attention_mask, dropout)
+                context = self._attend(query, key, value, hidden, dropout)
             else:
                 context = torch.cat([self._sample(query, key, value, *one, dropout) for one in enumerate(apart)])
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
@@ -63,8 +62,8 @@ class FusedAttention(DotProductAttention):
         parts = [[x[number : number + 1, :, one] for x in (query, key, value)] for one in places]
         return torch.cat([self._attend(*part, None, dropout) for part in parts], dim=2)
 
-    def _attend(self, query, key, value, attention_mask, dropout: float) -> torch.Tensor:
-        """[b, heads, sq, d] of query [b, heads, sq, d], key and value [b, groups, sk, d]."""
+    def _attend(self, query, key, value, hidden, dropout: float) -> torch.Tensor:
+        """[b, heads, sq, d] of query [b, heads, sq, d], key and value [b, groups, sk, d]; `hidden` is None or a `document_mask`."""
         if dropout > 0 and query.device.type == "cpu":
             repeats = query.shape[1] // key.shape[1]
             if repeats > 1:
@@ -75,18 +74,26 @@ class FusedAttention(DotProductAttention):
             query,
             key,
             value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
+            attn_mask=None if hidden is None else ~hidden,
+            is_causal=hidden is None,
             dropout_p=dropout,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
 
+class UnfusedAttention(DotProductAttention):
+    """megatron-core's own, matrix products and a softmax; `attention_mask` as FusedAttention's."""
+
+    def forward(self, query, key, value, attention_mask, *rest, **more):
+        hidden = None if attention_mask is None else document_mask(attention_mask)
+        return super().forward(query, key, value, hidden, *rest, **more)
+
+
 def layer_spec(int8: bool = False, attention_backend: str = "auto") -> ModuleSpec:
     """One transformer layer; with `int8` one that answers with int8 weights. Tensors bear Transformer Engine's names in
     torch_dist checkpoints, whichever spec trains."""
-    core_attention = DotProductAttention if attention_backend == "unfused" else FusedAttention
+    core_attention = UnfusedAttention if attention_backend == "unfused" else FusedAttention
     columns, rows = (Int8ColumnParallelLinear, Int8RowParallelLinear) if int8 else (ColumnParallelLinear, RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,

@@ -214,15 +214,13 @@ def random_batches(recipe: Recipe) -> Iterator[dict]:
     """Microbatches of random ids without end, where documents are kept apart of four in each sample."""
     import torch
 
-    from launcher.engine.data import document_mask
-
     shape = recipe.training.micro_batch_size, recipe.training.seq_length
     while True:
         ids = torch.randint(recipe.derived.vocab_size, (shape[0], shape[1] + 1))
         positions = torch.arange(shape[1]).expand(shape)
         batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions, "loss_mask": torch.ones(shape)}
         if recipe.data.reset_attention_mask:
-            batch["attention_mask"] = document_mask(positions * 4 // shape[1])
+            batch["document"] = positions * 4 // shape[1]
         yield batch
 
 

@@ -99,15 +99,14 @@ class FilteredAttention(Attention):
         return query, key, value
 
 
-def joined(attention_mask: torch.Tensor | None, config: TransformerConfig) -> torch.Tensor | None:
-    """Where the filter may look at the token before: where attention may. None without a mask, everywhere.
+def joined(document: torch.Tensor | None, config: TransformerConfig) -> torch.Tensor | None:
+    """Where the filter may look at the token before: where attention may. None, everywhere, where documents are not kept apart.
 
-    From the mask [b, 1, s, s], True for what is hidden, to [s, b, 1], of this rank's tokens under sequence parallelism.
+    From each position's document [b, s] to [s, b, 1], of this rank's tokens under sequence parallelism.
     """
-    if attention_mask is None:
+    if document is None:
         return None
-    hidden = pad(attention_mask[:, 0].diagonal(-1, -2, -1), (1, 0))
-    whole = ~hidden.t()[..., None]
+    whole = pad(document[:, 1:] == document[:, :-1], (1, 0)).t()[..., None]
     return whole.chunk(config.tensor_model_parallel_size)[get_tensor_model_parallel_rank()] if config.sequence_parallel else whole
 
 

@@ -103,8 +103,8 @@ def core_attention(recipe: Recipe) -> int:
 
 
 def document_mask(recipe: Recipe) -> int:
-    """The mask that keeps documents apart, a byte for each pair of tokens. A GPU's attention makes its own of it in each layer;
-    a CPU's attends to each document by itself."""
+    """The mask that keeps documents apart, a byte for each pair of tokens: a GPU's attention makes one in each layer, a CPU's attends
+    to each document by itself."""
     return recipe.training.seq_length * tokens(recipe) if recipe.data.reset_attention_mask else 0
 
 

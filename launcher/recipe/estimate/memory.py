@@ -158,8 +158,6 @@ def _chunk(recipe: Recipe, chunk: Chunk) -> int:
         else:
             again = min(p.recompute_num_layers, chunk.layers)
             kept = again * stream + (chunk.layers - again) * activations.layer(recipe)
-    if recipe.derived.device == "cpu":
-        kept += activations.document_mask(recipe)
     if chunk.embedding:
         kept += activations.dropout_mask(recipe)
     if chunk.output:

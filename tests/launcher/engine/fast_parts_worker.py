@@ -29,6 +29,13 @@ CLIPPED = {  # precision, distributed optimizer
     "fp16": ("fp16", False),
     "fp16, shared out": ("fp16", True),
 }
+MODELS = {  # keys of `model`
+    "GELU": {},
+    "GELU by tanh": {"openai_gelu": True},
+    "GELU by tanh without biases": {"openai_gelu": True, "add_bias_linear": False},
+    "llama": FAMILIES["llama"],
+    "yuan2": FAMILIES["yuan2"],
+}
 LOSS_SCALE = 4096.0
 TOKENS, WIDTH, ROWS = 11, 8, 12
 IDS = (None, 9, 6, 5)  # rows that have ids, None: all; at two ranks the second pads some of its rows, all of them, and the first too
@@ -40,6 +47,8 @@ def main(recipe, folder, stop) -> None:
     initialize(recipe)
     found = {"loss": losses(), "gradients": {name: gradients(*case) for name, case in CASES.items()}}
     found |= {"clip": {name: clipped(*case) for name, case in CLIPPED.items()}, "refusals": refusals()}
+    found["documents"] = documents_apart()
+    found["otherwise"] = {name: otherwise(keys) for name, keys in MODELS.items()}
     if dist.get_rank() == 0:
         (folder.path / "result.json").write_text(json.dumps(found))
     finish()
@@ -123,6 +132,47 @@ def gradients(tp: int, family: str, sequence_parallel: bool) -> float:
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def otherwise(keys: dict) -> dict[str, float]:
+    """Largest difference of a model's logits over two documents a sample from those of its fused attention on a CPU: as it is configured
+    for a GPU, its fused functions as they are written, and with megatron-core's unfused attention."""
+    from megatron.core import parallel_state
+
+    from launcher.engine import model
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    recipe, logits, weights = tiny("fast"), {}, None
+    recipe.model = dataclasses.replace(recipe.model, **keys)
+    ids = torch.randint(49, (2, 24), generator=torch.Generator().manual_seed(7))
+    document = (torch.arange(24) >= torch.tensor([[9], [20]])).long()
+    for name, device, backend in (("plain", "cpu", "auto"), ("GPU", "cuda", "auto"), ("unfused", "cpu", "unfused")):
+        recipe.derived.device, recipe.model.attention_backend = device, backend
+        config = model.transformer_config(recipe)
+        chunk = model.build_chunk(recipe, config, pre=True, post=True)
+        weights = weights or chunk.state_dict()
+        chunk.load_state_dict(weights)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits[name] = chunk(ids, torch.arange(24).expand(2, 24), document)
+    plain = logits.pop("plain")
+    return {name: difference(found, plain) for name, found in logits.items()}
+
+
+def documents_apart() -> bool:
+    """Whether the loader's documents hide from each other what Megatron's mask of the same tokens hides."""
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    from launcher.engine.attention import document_mask
+    from launcher.engine.data import loader
+
+    recipe = tiny("fast")
+    recipe.data.reset_attention_mask, recipe.training.micro_batch_size = True, 3
+    recipe.data.num_workers, eod = 0, recipe.derived.vocab_size - 1
+    samples = torch.tensor([[eod, 1, 2, eod, eod, 3, 4, eod], [1, eod, 2, 3, 4, 5, eod, 6], [1, 2, 3, 4, 5, 6, 7, 8]])
+    batch = next(loader(recipe, 2 * [{"tokens": sample} for sample in samples], 0))  # for two data-parallel ranks
+    theirs = [_get_ltor_masks_and_position_ids(sample, eod, False, True, False, True)[0] for sample in samples]
+    return torch.equal(document_mask(batch["document"]), torch.stack(theirs))
 
 
 def clipped(precision: str, shared_out: bool) -> float:

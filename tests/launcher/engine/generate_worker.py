@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-from launcher.launch.torchrun import launch
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.resolve import resolve
 from launcher.recipe.schema import Recipe
@@ -55,10 +54,12 @@ def tiny(name: str, tp: int = 1, pp: int = 1) -> Recipe:
 
 def run(path: Path, recipe: Recipe) -> dict:
     """Run this file on the recipe's ranks with the run folder `path`; what rank 0 found."""
+    from tests.launcher.engine.runs import launched
+
     folder = RunFolder(path)
     folder.logs.mkdir(parents=True)
     write_frozen(recipe, folder.recipe)
-    assert launch(recipe, folder, Path(__file__), "test") == 0
+    launched(folder, __file__)
     return json.loads((path / "result.json").read_text())
 
 

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launcher.recipe.device import gpu_count
+from launcher.run.folder import RunFolder
+from tests.launcher.engine import warm
+
 # The model, data and schedule of the curves that Megatron-LM itself printed.
 REFERENCE = """\
 model: {num_layers: 4, hidden_size: 128, num_attention_heads: 4, attention_dropout: 0.0, hidden_dropout: 0.0,
@@ -35,11 +39,27 @@ launch: {device: cpu, cpu_threads: 1}
 
 
 def yuan(folder: Path, *words: object, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run `yuan WORDS...` in `folder`."""
+    """Run `yuan WORDS...` in `folder`, by a process that has imported the engine already; with options of `subprocess.run`, or on a
+    machine with a GPU, by one of its own."""
     command = [str(Path(sys.executable).with_name("yuan")), *map(str, words)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, env=os.environ | {"NO_COLOR": "1"}, **options)
+    if options or gpu_count():
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, env=os.environ | {"NO_COLOR": "1"}, **options)
+    else:
+        done = subprocess.CompletedProcess(command, *warm.ask(words=command[1:], cwd=str(folder)))
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr}"
     return done
+
+
+def launched(folder: RunFolder, worker: str) -> None:
+    """Run the script `worker` on every rank of the recipe that is frozen in `folder`."""
+    code, _, told = warm.ask(frozen=str(folder.recipe), worker=worker)
+    assert code == 0, told
+
+
+def executed(script: str, *arguments: object) -> None:
+    """Run a script, which may fork ranks of its own."""
+    code, _, told = warm.ask(script=[script, *map(str, arguments)])
+    assert code == 0, told
 
 
 def records(path: Path) -> list[dict]:

@@ -76,21 +76,13 @@ def test_it_drops_that_share_and_keeps_the_mean():
     assert context[:, 25:].mean() == pytest.approx(1.0, abs=0.01)
 
 
-def hiding(*documents: list[int]) -> torch.Tensor:
-    """[b, 1, s, s], True for what is hidden, of samples with documents of these lengths."""
-    samples = []
-    for lengths in documents:
-        numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        samples.append((numbers[:, None] != numbers) | torch.ones(len(numbers), len(numbers), dtype=torch.bool).triu(1))
-    return torch.stack(samples)[:, None]
+def numbers(*samples: list[int]) -> torch.Tensor:
+    """The document of each position [b, s] of samples with documents of these lengths."""
+    return torch.stack([torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) for lengths in samples])
 
 
-def test_documents_are_found_in_masks_that_keep_them_apart_alone():
-    mask = hiding([3, 1, 5], [9], [8, 1])
+def test_documents_are_found_by_their_numbers():
     expected = [[slice(0, 3), slice(3, 4), slice(4, 9)], [slice(0, 9)], [slice(0, 8), slice(8, 9)]]
-    assert attention.documents(mask) == expected
-    window = hiding([9]) | torch.ones(9, 9, dtype=torch.bool).tril(-3)
-    padded = hiding([9])
-    padded[..., :2] = True
-    for other in (window, padded, torch.zeros(1, 1, 9, 9, dtype=torch.bool)):
-        assert attention.documents(other) is None
+    assert attention.documents(numbers([3, 1, 5], [9], [8, 1])) == expected
+    mask = attention.document_mask(numbers([2, 1]))[0, 0]
+    assert mask.int().tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 0]]

@@ -1,14 +1,13 @@
 """What makes a step fast computes the same: loss and output layer in chunks, gradients into their buffer, clipping in AdamW."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from launcher.launch.torchrun import launch
 from launcher.recipe.frozen import write_frozen
 from launcher.run.folder import RunFolder
 from tests.launcher.engine import fast_parts_worker as worker
+from tests.launcher.engine.runs import launched
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def found(tmp_path_factory):
     folder.logs.mkdir()
     recipe = worker.tiny("fast", tp=2)
     write_frozen(recipe, folder.recipe)
-    assert launch(recipe, folder, Path(worker.__file__), "test") == 0
+    launched(folder, worker.__file__)
     return json.loads((folder.path / "result.json").read_text())
 
 
@@ -30,6 +29,16 @@ def test_loss_and_gradients_are_cross_entropys(found, dtype, near, ranks):
 @pytest.mark.parametrize("name", worker.CASES)
 def test_every_gradient_is_megatron_cores(found, name):
     assert found["gradients"][name] < 1e-5
+
+
+def test_documents_hide_from_each_other_what_megatrons_mask_hides(found):
+    assert found["documents"]
+
+
+@pytest.mark.parametrize("name", worker.MODELS)
+@pytest.mark.parametrize("way", ["GPU", "unfused"])
+def test_a_model_computes_the_same_otherwise(found, name, way):
+    assert found["otherwise"][name][way] < 1e-5
 
 
 def test_a_run_stops_where_no_loss_scale_would_help(found):

@@ -1,16 +1,14 @@
 """LoRA at every layout against W + alpha / r x B A in plain PyTorch; its checkpoints, merged and not, and what `yuan convert` makes of them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from checkpoints.folder import newest_checkpoint
 from tests.launcher.engine import lora_worker as worker
+from tests.launcher.engine.runs import executed
 
 MATRICES = {"gpt2": 4, "llama": 4, "yuan2": 5}
 
@@ -20,7 +18,7 @@ def folder(tmp_path_factory):
     """What two ranks left: result.json, and for each family a run of all weights and one of adapters."""
     folder = tmp_path_factory.mktemp("lora")
     (folder / "tokenizer").mkdir()
-    subprocess.run([sys.executable, worker.__file__, folder], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=400)
+    executed(worker.__file__, folder)
     return folder
 
 

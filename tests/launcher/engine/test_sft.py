@@ -6,11 +6,11 @@ import json
 import pytest
 
 from data_tools.sft import Rows
-from launcher.launch.torchrun import launch
 from launcher.recipe.converted import model_of
 from launcher.recipe.frozen import write_frozen
 from launcher.run.folder import RunFolder
 from tests.launcher.engine import sft_worker as worker
+from tests.launcher.engine.runs import launched
 from tests.launcher.engine.sft_worker import TOKENS
 
 TENSORS = {"yuan2": 4 * 12 + 2, "gpt2": 4 * 12 + 4, "llama": 4 * 6 + 3}
@@ -70,7 +70,7 @@ def found(tmp_path_factory):
         by_transformers(folder.path, case)
     recipe = worker.of_case("packed")
     write_frozen(recipe, folder.recipe)
-    assert launch(recipe, folder, worker.Path(worker.__file__), "test") == 0
+    launched(folder, worker.__file__)
     return json.loads((folder.path / "result.json").read_text())
 
 

@@ -1,14 +1,11 @@
 """Yuan 2.0 at every layout against a reference in plain PyTorch: logits, loss, gradients, and going on from a checkpoint."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.launcher.engine import yuan2_worker as worker
-from tests.launcher.engine.runs import losses, yuan
+from tests.launcher.engine.runs import executed, losses, yuan
 
 TINY = """model.num_layers=2 model.hidden_size=32 model.ffn_hidden_size=128 model.num_attention_heads=4
 model.make_vocab_size_divisible_by=64 training.seq_length=32 training.micro_batch_size=4 training.global_batch_size=8
@@ -22,7 +19,7 @@ def found(tmp_path_factory):
     """What four ranks found: for each layout the largest differences from the reference."""
     folder = tmp_path_factory.mktemp("yuan2")
     (folder / "tokenizer").mkdir()
-    subprocess.run([sys.executable, worker.__file__, folder], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=400)
+    executed(worker.__file__, folder)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -1,15 +1,13 @@
 """ZeRO's stages compute what data parallelism without sharding computes, and go on from each other's checkpoints."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from launcher.launch.torchrun import launch
 from launcher.recipe.frozen import write_frozen
 from launcher.run.folder import RunFolder
 from tests.launcher.engine import zero_worker as worker
-from tests.launcher.engine.runs import yuan
+from tests.launcher.engine.runs import launched, yuan
 
 NEAR = {"fp32": 1e-5, "bf16": 2e-2}
 
@@ -21,7 +19,7 @@ def run(tmp_path_factory):
     folder.logs.mkdir()
     recipe = worker.of_case("gpt2", None)
     write_frozen(recipe, folder.recipe)
-    assert launch(recipe, folder, Path(worker.__file__), "test") == 0
+    launched(folder, worker.__file__)
     return folder.path, json.loads((folder.path / "result.json").read_text())
 
 

@@ -84,12 +84,10 @@ def batches(recipe, chunks):
     for ids, labels, documents in samples()[rank::size]:
         places = torch.cat([torch.arange(length) for length in documents])
         number = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
-        hidden = (number[:, None] != number) | torch.ones(TOKENS, TOKENS).triu(1).bool()
         whole = torch.arange(TOKENS)
         mine.append({"tokens": ids[None], "labels": labels[None], "loss_mask": torch.ones(1, TOKENS),
                      "position_ids": (places if recipe.data.reset_position_ids else whole)[None]})  # fmt: skip
-        if recipe.data.reset_attention_mask:
-            mine[-1]["attention_mask"] = hidden[None, None]
+        mine[-1]["document"] = number[None]
     return [iter(mine) if reads_data(recipe) else None for _ in chunks]
 
 
