@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
+import sys
 from typing import Annotated, Optional
 
 import typer
 
+from launcher.console import columns, hanging
 from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import check
@@ -38,19 +39,23 @@ BROKEN = {  # rules of `check` → what they say of a layout
     "recompute": "recomputation",
     "data_parallel": "overlaps without the distributed optimizer",
     "rampup": "batch ramp-up no whole number of micro-batches",
+    "zero": "ZeRO 2 and 3 beside what they do not go with",
+    "offloading": "offloading without what it needs",
+    "idle": "ranks that train nothing",
+    "machines": "machines that do not meet",
 }
 NEEDED = ("launch.gpu_memory_gib", "training.global_batch_size", "derived.vocab_size")
 
 
 def plan(
     words: Annotated[
-        Optional[list[str]], typer.Argument(metavar="recipe=NAME key=value", help="The recipe, and values that override its own.")
+        Optional[list[str]], typer.Argument(metavar="recipe=NAME [KEY=VALUE]...", help="The recipe, and values that override its own.")
     ] = None,
     gpus: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="GPUs in all. Default: the recipe's.")] = None,
     gpus_per_node: Annotated[Optional[int], typer.Option(metavar="G", min=1, help="GPUs of one machine. Default: 8.")] = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Layouts to show.")] = 8,
 ) -> None:
-    """Propose layouts (TP, PP, micro-batch, recomputation) that fit launch.gpu_memory_gib, the fastest first.
+    """Propose layouts (TP, PP, ZeRO, micro-batch, recomputation) that fit launch.gpu_memory_gib, the fastest first.
 
     Memory is estimated within 10 %, and a layout must leave that much free. Time is a simple model of machines of A100
     with NVLink and a 200 Gb/s adapter per GPU (launcher/recipe/estimate/time.py). The global batch stays what it is.
@@ -58,7 +63,7 @@ def plan(
     \b
     Examples:
       yuan plan recipe=llama2_70b --gpus 64
-      yuan plan recipe=llama2_7b --gpus 16 --gpus-per-node 4 launch.gpu_memory_gib=40
+      yuan plan recipe=llama2_7b --gpus 16 launch.gpu_memory_gib=40
     """
     loaded = loaded_on(words or [], gpus, gpus_per_node)
     found = search(loaded.recipe, loaded.sources)
@@ -110,7 +115,7 @@ def headline(loaded: Loaded) -> str:
 
 def table(layouts: list[Layout]) -> list[str]:
     """A row for each layout, and where its time goes that is not the model's arithmetic."""
-    rows = [["TP", "PP", "VP", "DP", "micro", "recompute", "GiB", "time"]]
+    rows = [["TP", "PP", "VP", "DP", "ZeRO", "micro", "recompute", "GiB", "time"]]
     for one in layouts:
         r, virtual = one.recipe, len(chunks(one.recipe)[0])
         rows.append(
@@ -119,6 +124,7 @@ def table(layouts: list[Layout]) -> list[str]:
                 str(r.parallel.pipeline_model_parallel_size),
                 str(virtual) if virtual > 1 else "-",
                 str(r.derived.data_parallel_size),
+                str(r.parallel.zero or (1 if r.parallel.use_distributed_optimizer else "-")),
                 str(r.training.micro_batch_size),
                 recompute(r),
                 gib(one.memory),
@@ -165,13 +171,12 @@ def after(loaded: Loaded, found: Search) -> list[str]:
     seconds = training_seconds(best.recipe) if best.recipe.derived.train_samples else None
     whole = f"; the training takes {duration(seconds)} at launch.mfu, {launch.mfu:.0%} of the peak" if seconds else ""
     texts["time"] = f"as a multiple of the best's{whole}; lost to: layers recomputed, pipeline bubble, communication of TP, PP, DP"
-    return [line for name, text in texts.items() for line in wrapped(name, text)]
+    return [under(name, text) for name, text in texts.items()]
 
 
-def wrapped(name: str, text: str) -> list[str]:
-    """Lines of 100 columns; words to copy stay whole."""
-    indents = {"initial_indent": f"{name:<9}", "subsequent_indent": " " * 9}
-    return textwrap.wrap(text, 100, **indents, break_on_hyphens=False, break_long_words=False)
+def under(name: str, text: str) -> str:
+    """A text under its name, in lines of at most 100 columns."""
+    return hanging(f"{name:<9}", text, min(100, columns(sys.stdout) or 100))
 
 
 def fell(loaded: Loaded, found: Search) -> str:
@@ -183,13 +188,13 @@ def fell(loaded: Loaded, found: Search) -> str:
 
 def nothing_fits(loaded: Loaded, found: Search) -> list[str]:
     """The layout that comes nearest, and how many GPUs would do."""
-    lines = ["", *wrapped("nothing", f"fits: {fell(loaded, found)}")]
+    lines = ["", under("nothing", f"fits: {fell(loaded, found)}")]
     if found.nearest is not None:
         r = found.nearest.recipe
         p = r.parallel
         lines.append(
             f"nearest  TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
-            f" x DP {r.derived.data_parallel_size}, micro-batch {r.training.micro_batch_size}, recomputing {recompute(r)}: {gib(found.nearest.memory)} GiB"
+            f" x DP {r.derived.data_parallel_size}{f', ZeRO {p.zero}' if p.zero else ''}, micro-batch {r.training.micro_batch_size}, recomputing {recompute(r)}: {gib(found.nearest.memory)} GiB"
         )
     launch = loaded.recipe.launch
     for times in (2, 4, 8, 16):

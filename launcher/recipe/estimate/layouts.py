@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 
 from launcher.recipe.estimate.change import RULES, Change, changed
 from launcher.recipe.estimate.memory import BAND, GIB, stage_memory
@@ -86,7 +86,7 @@ def _first_broken(recipe: Recipe, sources: dict[str, str]) -> str | None:
 
 
 def shapes(recipe: Recipe) -> Iterator[Change]:
-    """Every TP within a machine, PP, interleaving and micro-batch, without recomputation."""
+    """Every TP within a machine, PP, interleaving, micro-batch and stage of ZeRO, without recomputation."""
     layers, world = recipe.model.num_layers, recipe.derived.world_size
     for tp in divisors(recipe.launch.nproc_per_node):
         if world % tp:
@@ -95,20 +95,19 @@ def shapes(recipe: Recipe) -> Iterator[Change]:
             if pp > layers:
                 continue
             dp = world // tp // pp
-            for micro in MICRO_BATCHES:
-                for stages in pipelines(layers, pp):
-                    yield {
-                        "parallel.tensor_model_parallel_size": tp,
-                        "parallel.pipeline_model_parallel_size": pp,
-                        **stages,
-                        "parallel.sequence_parallel": tp > 1,
-                        "parallel.use_distributed_optimizer": dp > 1,
-                        "parallel.zero": None,
-                        "parallel.recompute_granularity": None,
-                        "parallel.recompute_method": None,
-                        "parallel.recompute_num_layers": None,
-                        "training.micro_batch_size": micro,
-                    }
+            for micro, stages, zero in product(MICRO_BATCHES, pipelines(layers, pp), (None, 2, 3) if dp > 1 and pp == 1 else (None,)):
+                yield {
+                    "parallel.tensor_model_parallel_size": tp,
+                    "parallel.pipeline_model_parallel_size": pp,
+                    **stages,
+                    "parallel.sequence_parallel": tp > 1,
+                    "parallel.use_distributed_optimizer": dp > 1 and zero is None,
+                    "parallel.zero": zero,
+                    "parallel.recompute_granularity": None,
+                    "parallel.recompute_method": None,
+                    "parallel.recompute_num_layers": None,
+                    "training.micro_batch_size": micro,
+                }
 
 
 def pipelines(layers: int, pp: int) -> Iterator[Change]:
@@ -150,6 +149,8 @@ def recomputations(recipe: Recipe) -> Iterator[Change]:
     keys = ("parallel.recompute_granularity", "parallel.recompute_method", "parallel.recompute_num_layers")
     yield dict.fromkeys(keys)
     p = recipe.parallel
+    if p.cpu_offloading_num_layers:  # activations are computed again or wait in the host's memory, not both
+        return
     if p.num_layers_per_virtual_pipeline_stage is None:  # `block` counts layers of a whole stage
         most = -(-recipe.model.num_layers // p.pipeline_model_parallel_size)
         for number in range(max(1, most // 8), most, max(1, most // 8)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from launcher.recipe.estimate.activations import BYTES, tokens
-from launcher.recipe.estimate.memory import trained_parameters
+from launcher.recipe.estimate.memory import sharded, trained_parameters
 from launcher.recipe.estimate.stages import Chunk, chunks
 from launcher.recipe.schema import Recipe
 from launcher.recipe.size import filter_products, flops_per_token, layer_products, vocabulary_table, widths
@@ -136,12 +136,17 @@ def _pipeline(recipe: Recipe, virtual: int) -> float:
 
 
 def _data(recipe: Recipe) -> float:
-    """A ring's reduce-scatter of the gradients and all-gather of the weights, or of the gradients again."""
-    p, dp = recipe.parallel, recipe.derived.data_parallel_size
+    """A ring's reduce-scatter of the gradients and all-gather of the weights, or of the gradients again. ZeRO 2 and 3 reduce after
+    every micro-batch; 2 gathers once a step, 3 before every pass forward and backward."""
+    p, d = recipe.parallel, recipe.derived
+    dp = d.data_parallel_size
     if dp == 1:
         return 0.0
     held = max(trained_parameters(recipe, stage) for stage in chunks(recipe))
     gradient, weight = 2 if recipe.training.precision == "fp16" else 4, BYTES[recipe.training.precision]
-    size = held * (gradient + (weight if p.use_distributed_optimizer else gradient))
+    reduced, gathered = gradient, weight if p.use_distributed_optimizer else gradient
+    if sharded(recipe):
+        reduced, gathered = d.num_microbatches * gradient, weight * (1 if p.zero == 2 else 2 * d.num_microbatches)
+    size = held * (reduced + gathered)
     within = p.tensor_model_parallel_size * dp <= recipe.launch.nproc_per_node
     return (dp - 1) / dp * size / (WITHIN if within else BETWEEN)

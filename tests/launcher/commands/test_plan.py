@@ -147,6 +147,29 @@ def test_a_step_costs_what_its_layout_asks_for():
     assert again.recompute == pytest.approx(again.arithmetic / 3)
 
 
+def test_zero_2_and_3_cost_what_they_gather_and_reduce():
+    """8 micro-batches a step: 4 bytes of gradient and 2 of weight a number are moved once; 4 each time and 2 once; 4 and 2 x 2 each time."""
+    words = ["training.global_batch_size=512", "training.micro_batch_size=1", "parallel.tensor_model_parallel_size=1"]
+    one, two, three = (step(on_gpus("llama2_7b", 64, *words, f"parallel.zero={stage}").recipe).data for stage in (1, 2, 3))
+    assert (two / one, three / one) == (pytest.approx(34 / 6), pytest.approx(64 / 6))
+
+
+def test_zero_is_proposed_and_its_words_make_a_recipe_that_fits(plan):
+    words = ["recipe=llama2_7b", BATCH, "launch.gpu_memory_gib=40"]
+    loaded = on_gpus("llama2_7b", 8, *words[1:])
+    assert {one.recipe.parallel.zero for one in search(loaded.recipe, loaded.sources).fitting} == {None, 2, 3}
+    text = plan("recipe=yuan2_2b", "launch.gpu_memory_gib=16", "--gpus", "8")[1]
+    assert "parallel.zero=3" in best_words(text)
+    loaded = load(["recipe=yuan2_2b", "launch.gpu_memory_gib=16", *best_words(text)])
+    case = Case(loaded.recipe, loaded.sources)
+    assert [problem for rule in (*RULES, memory) for problem in rule(case) if problem.severity == "error"] == []
+
+
+def test_what_offloading_needs_is_a_rule_of_the_search(plan):
+    code, text = plan("recipe=llama2_7b", BATCH, "--gpus", "8", "optimizer.optimizer_cpu_offload=true")
+    assert code == 0 and "offloading without what it needs" in " ".join(text.split())
+
+
 def test_a_published_step_is_met():
     """Yuan 2.0 102B, TP 1 x PP 32, two layers of a stage recomputed: the paper (table 6) says 238 s a step on 96 chips
     and 101 s on 256, by a model of its authors that they say is within 3.2 % of what they measured."""
