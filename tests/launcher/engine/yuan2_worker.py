@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # it is started as a script
@@ -32,6 +33,7 @@ LAYOUTS = {  # tp, pp, keys of `parallel`, mode; the others of the four ranks ar
     "tp2_selective": (2, 1, {"recompute_granularity": "selective"}, "apart"),
     "plain_apart": (1, 1, {}, "apart"),
 }
+FIRST = "plain"
 SAVED, LOADED = "tp2_pp2_sequence", "plain_apart"  # of the same mode
 SAMPLES, TOKENS = 4, 24
 DOCUMENTS = [[7, 1, 10, 6], [12, 12], [11, 2, 11], [24]]  # borders before, on and after those of the sequence's parts
@@ -200,10 +202,12 @@ def whole_model(recipe, chunk):
     }
 
 
-def main(folder):
+def main(name, folder):
+    """One layout; rank 0 leaves its differences, and of the first one the weights for the others."""
     from launcher.engine.initialize import finish, initialize
 
-    initialize(at_layout("plain"))
+    one = at_layout(name)
+    initialize(one)
     import torch
 
     from checkpoints.folder import newest_checkpoint
@@ -211,38 +215,37 @@ def main(folder):
     from launcher.engine.model import unwrap
     from launcher.engine.train import build, train_step
 
-    results = {}
-    for name, (*_, mode) in LAYOUTS.items():
-        one = at_layout(name)
-        form_groups(one)
-        state = build(one)
-        if not results:
-            whole = unwrap(state.chunks[0])
-            about = whole_model(one, whole)
-            generator = torch.Generator().manual_seed(1)  # norms of ones would hide one that is not there
-            weights = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for n, p in whole.named_parameters()}
-        with torch.no_grad():
-            for n, parameter in named(one, state.chunks):
-                parameter.copy_(own_part(n, weights[n], parameter))
-        if one.parallel.use_distributed_optimizer:
-            state.optimizer.reload_model_params()
-        results[name] = compared(one, state, weights, mode)
-        if name == SAVED:
-            checkpoint.save(one, state, folder, folder / "tokenizer")
-        if name == LOADED:
-            checkpoint.load(one, state, newest_checkpoint(folder), resume=True)
-        if name in (SAVED, LOADED):
-            train_step(one, state, batches(one, state.chunks))
-            results[name]["next"] = evaluate(one, state)
+    state, first, about = build(one), torch.distributed.get_rank() == 0, {}
+    if name == FIRST:
+        whole = unwrap(state.chunks[0])
+        about = whole_model(one, whole)
+        generator = torch.Generator().manual_seed(1)  # norms of ones would hide one that is not there
+        if first:
+            torch.save({n: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for n, p in whole.named_parameters()}, folder / "weights.pt")
+        torch.distributed.barrier()
+    weights = torch.load(folder / "weights.pt")
+    with torch.no_grad():
+        for n, parameter in named(one, state.chunks):
+            parameter.copy_(own_part(n, weights[n], parameter))
+    if one.parallel.use_distributed_optimizer:
+        state.optimizer.reload_model_params()
+    found = compared(one, state, weights, LAYOUTS[name][-1])
+    if name == SAVED:
+        checkpoint.save(one, state, folder, folder / "tokenizer")
+    if name == LOADED:
+        checkpoint.load(one, state, newest_checkpoint(folder), resume=True)
+    if name in (SAVED, LOADED):
+        train_step(one, state, batches(one, state.chunks))
+        found["next"] = evaluate(one, state)
     every = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, results)
-    if torch.distributed.get_rank() == 0:
-        worst = {name: {key: max(rank[name].get(key, 0.0) for rank in every) for key in set().union(*(rank[name] for rank in every))} for name in LAYOUTS}
-        (folder / "result.json").write_text(json.dumps(about | worst))
+    torch.distributed.all_gather_object(every, found)
+    if first:
+        worst = {key: max(rank.get(key, 0.0) for rank in every) for key in set().union(*every)}
+        (folder / f"{name}.json").write_text(json.dumps(about | {name: worst}))
     finish()
 
 
-def fork_ranks(folder, count=4, main=main):
+def fork_ranks(folder, count, main):
     """Run `main` in `count` ranks; whether all ended well."""
     from launcher.engine import cpu_port
 
@@ -267,4 +270,9 @@ def fork_ranks(folder, count=4, main=main):
 
 
 if __name__ == "__main__":
-    sys.exit(not fork_ranks(Path(sys.argv[1])))
+    # Ranks of their own for each layout: the threads of gloo's groups wake 100 times a second as long as their process lives.
+    folder = Path(sys.argv[1])
+    if not all(fork_ranks(folder, 4, partial(main, name)) for name in LAYOUTS):
+        sys.exit(1)
+    found = [json.loads((folder / f"{name}.json").read_text()) for name in LAYOUTS]
+    (folder / "result.json").write_text(json.dumps({key: value for one in found for key, value in one.items()}))
