@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import re
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
@@ -17,7 +18,7 @@ _MAGIC = {  # the first bytes; bzip2's three letters alone may begin a text
     re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", re.DOTALL): "bzip2",
 }
 _READ = 1 << 20
-_LITTLE = 1 << 10  # bytes of zstd at a time, which may be 10 MB of text that repeats itself: a call gives all of it at once
+_LITTLE = 1 << 10  # bytes at a time, which of zstd may be 10 MB of text that repeats itself: a call gives all of it at once
 
 
 def compression_of(start: bytes) -> str | None:
@@ -29,18 +30,18 @@ def decompressed(compression: str | None, raw: BinaryIO) -> BinaryIO:
     """The bytes of the opened file `raw`, decompressed while they are read."""
     if compression is None:
         return raw
-    if compression == "zstd":
-        return io.BufferedReader(_Zstandard(raw), _READ)
-    return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[compression](raw, "rb")  # type: ignore[return-value]
+    if compression == "gzip":
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
+    make: dict[str, Callable[[], Any]] = {"bzip2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor, "zstd": _zstandard_frame}
+    return io.BufferedReader(_Frames(raw, make[compression], padding=b"\0" if compression == "xz" else b""), _READ)
 
 
-class _Zstandard(io.RawIOBase):
-    """Frames of zstd one after another. The library's own reader takes a file that breaks off for one that ends."""
+class _Frames(io.RawIOBase):
+    """Frames one after another. The libraries' own readers leave out what follows a frame and does not begin as one, so all that is
+    behind a damaged one; that of zstd also takes a file that breaks off for one that ends."""
 
-    def __init__(self, raw: BinaryIO):
-        import zstandard
-
-        self._raw, self._decompressor, self._error = raw, zstandard.ZstdDecompressor(), zstandard.ZstdError
+    def __init__(self, raw: BinaryIO, make: Callable[[], Any], padding: bytes):
+        self._raw, self._make, self._padding = raw, make, padding
         self._frame: Any = None
         self._held, self._pending = memoryview(b""), b""
 
@@ -55,13 +56,22 @@ class _Zstandard(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("it breaks off in the middle")
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
+            if self._frame is None:
+                if not (data := data.lstrip(self._padding)):
+                    continue
+                self._frame = self._make()
             try:
                 self._held = memoryview(self._frame.decompress(data))
-            except self._error as error:
+            except Exception as error:  # of the library's own kinds
                 raise OSError(str(error)) from None
             if self._frame.eof:
                 self._pending, self._frame = self._frame.unused_data, None
         size = min(len(target), len(self._held))
         target[:size], self._held = self._held[:size], self._held[size:]
         return size
+
+
+def _zstandard_frame() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()

@@ -24,6 +24,7 @@ from data_tools.errors import InputError
 from data_tools.indexed import IndexedWriter, NotMovedError
 from data_tools.lock import Lock
 from data_tools.parallel import ordered_map
+from data_tools.records import JSON_FORMATS
 from data_tools.sources import Block, Format, Source, blocks, find_sources
 from data_tools.tokenizers import Tokenizer
 
@@ -80,8 +81,12 @@ def preprocess(
     keys = tuple(json_keys)
     if not keys or len(set(keys)) < len(keys):
         raise InputError(f"each key once, and at least one, not {list(keys)}", "preprocess.json_keys", "--json-keys text")
+    sources = find_sources(input, format)
+    bare = next((source for source in sources if source.format not in JSON_FORMATS), None)
+    if bare and len(keys) > 1:
+        raise InputError(f"a line of {bare.format} is one text, and has no {' and '.join(keys)}", bare.path, "one key, which names the output")
     encoder = BlockEncoder(tokenizer, keys, append_eod, max_bad)
-    return encode_files(encoder, find_sources(input, format), output_prefix, workers, shard=shard, part_bytes=part_bytes, progress=progress)
+    return encode_files(encoder, sources, output_prefix, workers, shard=shard, part_bytes=part_bytes, progress=progress)
 
 
 def encode_files(
@@ -141,7 +146,7 @@ def _encode_and_join(
                 progress(list(counts.values()))
         if not all(total.tokens for total in counts.values()):
             shutil.rmtree(folder)
-            raise _empty(counts, sources[0].path)
+            raise _empty(counts, sources[0].path, plan["shard"])
         for writer in writers:  # all of them before any appears: what a kill loses is begun anew
             writer.flush()
         for writer, total in zip(writers, counts.values(), strict=True):
@@ -208,10 +213,12 @@ def _join(part: Part, folder: Path, writers: list[IndexedWriter]) -> None:
         writer.move_file(files.tokens(i), *files.read_sizes(i, part.counts[i].documents))
 
 
-def _empty(counts: dict[str, Counts], path: str) -> InputError:
+def _empty(counts: dict[str, Counts], path: str, shard: Sequence[int]) -> InputError:
     """megatron-core cannot read a dataset without tokens (it maps an empty file into memory)."""
     key, count = next((key, count) for key, count in counts.items() if not count.tokens)
     what = f"{count.documents} documents and no text under {key!r}" if count.documents else "no documents"
+    if shard[1] > 1:
+        return InputError(f"{what} in share {shard[0]} of {shard[1]}", path, "fewer shards")
     return InputError(what, path, 'each line is an object such as {"text": "..."}')
 
 

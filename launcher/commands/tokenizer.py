@@ -158,11 +158,15 @@ def show(
         vocab_size=vocab_size,
         plain_special_tokens=plain_special_tokens,
     )
+    from data_tools.records import BadLine, whole_text
+
     loaded = load(words or [], given, default="preprocess")
     ensure(loaded, "tokenizer")
     tokenizer = tokenizer_of(loaded.recipe.tokenizer)
     try:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(whole_text(text, "the text"))
+    except BadLine as bad:
+        raise UserError(bad.what, "--text", "text in UTF-8") from None
     except ValueError as error:
         raise UserError(str(error), "--text", 'with NullTokenizer: --text "5 17 3"') from None
     typer.echo("\n".join(_description(tokenizer, loaded)))

@@ -154,6 +154,16 @@ def test_keys_twice_or_none_are_refused(tmp_path):
             preprocess(source, tmp_path / "out", NULL, json_keys=keys)
 
 
+def test_what_has_no_keys_or_too_few_lines_for_the_shards_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "1"}])
+    (tmp_path / "in.txt").write_text("1\n")
+    with pytest.raises(InputError, match="a line of text is one text, and has no text and title"):
+        preprocess([source, tmp_path / "in.txt"], tmp_path / "out", NULL, json_keys=["text", "title"])
+    with pytest.raises(InputError, match="no documents in share 1 of 3") as refused:
+        preprocess(source, tmp_path / "out", NULL, shard=(1, 3))
+    assert refused.value.fix == "fewer shards"
+
+
 def test_progress_counts_up_to_the_whole(tmp_path):
     source = write_jsonl(tmp_path / "in", [{"text": "1 2 3"}] * 50)
     seen = []

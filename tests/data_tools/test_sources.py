@@ -90,6 +90,18 @@ def test_a_broken_array_is_refused(tmp_path, content, what):
         preprocess(tmp_path / "in.json", tmp_path / "out", NULL)
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_follows_a_damaged_frame_is_not_left_out(tmp_path, suffix):
+    first, second = (COMPRESS[suffix](f"{i}\n".encode()) for i in (1, 2))
+    path = tmp_path / f"in.txt{suffix}"
+    path.write_bytes(first + b"\1" + second[1:])
+    with pytest.raises(InputError, match="data cannot be read"):
+        preprocess(path, tmp_path / "out", NULL)
+    path.write_bytes(first + bytes(8) + second if suffix in (".xz", ".gz") else first + second)
+    preprocess(path, tmp_path / "out", NULL)
+    assert numbers(tmp_path / "out") == [[1], [2]]
+
+
 def test_a_file_that_becomes_shorter_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": str(i)} for i in range(100)])
     with pytest.raises(InputError, match="became shorter while it was read") as caught:

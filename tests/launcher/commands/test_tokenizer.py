@@ -88,6 +88,8 @@ def test_refusals(tmp_path):
     assert not list(tmp_path.glob("sp*"))
     bad = yuan("tokenizer", "show", "--tokenizer-type", "NullTokenizer", "--vocab-size", 5, "--text", "9", cwd=tmp_path)
     assert bad.returncode == 2 and "id 9 is outside the vocabulary" in bad.stderr
+    half = yuan("tokenizer", "show", "--tokenizer-type", "NullTokenizer", "--vocab-size", 5, "--text", "a\udcff", cwd=tmp_path)
+    assert half.returncode == 2 and "half of a surrogate pair" in half.stderr
 
 
 def test_example_corpus_is_reproducible_and_within_its_limit(tmp_path):
