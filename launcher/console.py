@@ -32,7 +32,7 @@ def hanging(head: str, text: str, width: int | None, indent: int | None = None) 
 
 def plural(count: int, noun: str) -> str:
     """`1 process`, `2 processes`, `1,024 documents`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s")
 
 
 def human_size(count: int) -> str:

@@ -13,6 +13,7 @@ import typer
 import launcher.workers
 from checkpoints.models.tensor import padded
 from checkpoints.recognise import checkpoint_in
+from launcher.console import columns, hanging, plural
 from launcher.errors import UserError, raise_all
 from launcher.launch.dry_run import dry_run as show_launch
 from launcher.launch.slurm import submit
@@ -61,7 +62,8 @@ def warn(warnings: list[Problem]) -> None:
 def train(loaded: Loaded, verb: str, accept_changes: bool, dry_run: bool) -> None:
     """Run a checked recipe in its run folder; ends the process with the run's exit code."""
     keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))
-    typer.echo(plan(loaded.recipe), err=True)
+    width = columns(sys.stderr)
+    typer.echo("\n".join(hanging(line[:11], line[11:], width) for line in plan(loaded.recipe).splitlines()), err=True)
     if dry_run:
         typer.echo(show_launch(loaded, RunFolder(loaded.recipe.run.dir), WORKER, verb))
         return
@@ -105,7 +107,7 @@ def plan(recipe: Recipe) -> str:
     steps = f"{derived.train_iters:,} steps, " if derived.train_iters else ""
     steps = f"{training.epochs} epochs, {steps}" if training.epochs else steps
     batch = f"{training.global_batch_size} samples of {training.seq_length} tokens"
-    batch += f" ({derived.num_microbatches} micro-batches of {training.micro_batch_size} per rank)"
+    batch += f" ({plural(derived.num_microbatches, 'micro-batch')} of {training.micro_batch_size} per rank)"
     index = described(recipe)
     return "\n".join(
         [
