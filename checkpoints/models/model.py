@@ -13,12 +13,13 @@ FAMILIES = ("gpt2", "llama", "yuan2")
 FREE = ("init_method_std", "attention_dropout", "hidden_dropout")  # keys of no meaning for what a model answers
 
 
-_KINDS = {"int": "a whole number above 0", "float": "a number", "bool": "true or false", "str": "a word"}
+_MOST = {"num_layers": 10_000, "rotary_base": 1 << 53}  # a file of a few bytes may claim more than any machine holds
+_KINDS = {"int": "a whole number above 0, and of what a model has,", "float": "a number", "bool": "true or false", "str": "a word"}
 
 
 def _fits(name: str, value: Any, kind: str) -> bool:
     if kind == "int":
-        return type(value) is int and value >= (name != "vocab_size")  # 0 ids: what the tables have is not known
+        return type(value) is int and (name != "vocab_size") <= value < _MOST.get(name, 1 << 24)  # 0 ids: what the tables have is not known
     if kind == "float":
         return type(value) in (int, float) and 0 <= value < inf
     return type(value) is bool if kind == "bool" else isinstance(value, str)
@@ -77,8 +78,10 @@ class Model:
         kinds = {one.name: str(one.type).removesuffix(" | None") for one in fields(cls)}
         if wrong := [f"{name} is {value!r}, {_KINDS[kinds[name]]}" for name, value in merged.items() if not _fits(name, value, kinds[name])]:
             raise CheckpointError(f"{where}: {'; '.join(wrong)} is wanted", f"mend {where}")
-        if merged["num_attention_heads"] % merged["num_query_groups"]:
-            heads, groups = merged["num_attention_heads"], merged["num_query_groups"]
+        heads, groups = merged["num_attention_heads"], merged["num_query_groups"]
+        if heads * merged["kv_channels"] >= 1 << 24:
+            raise CheckpointError(f"{where}: {heads} attention heads of {merged['kv_channels']} are more than a model has", f"mend {where}")
+        if heads % groups:
             raise CheckpointError(f"{where}: {heads} attention heads are not to be had in {groups} query groups of one size", f"mend {where}")
         return cls(**merged)
 

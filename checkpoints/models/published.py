@@ -39,7 +39,7 @@ def model_of(config: Mapping[str, Any], where: str) -> Model:
         CheckpointError: its family or a value is none that the engine has.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{where}: model_type {kind!r} is none of {', '.join(FAMILIES)}", "give a model of one of these families")
     model: Model = FAMILIES[kind].from_config(config, where)
     return model
