@@ -11,7 +11,7 @@ refuses what is missing, left over or of another shape before a byte is written.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from checkpoints.files.placed import Place, Placed
-from checkpoints.files.stored import Buffer, raw
+from checkpoints.files.stored import Buffer, Stored, raw
 from checkpoints.folder import CheckpointError
 from checkpoints.models import gpt
 from checkpoints.models.layout import SAME, Foreign
@@ -30,6 +30,7 @@ from checkpoints.models.tensor import Tensor
 from checkpoints.optimizer import TrainingState, with_states
 
 _SHOWN = 8  # names in a message, of thousands there may be
+_BLOCK = 2 << 20  # bytes: malloc gives the same memory again and again
 
 
 class Readable(Protocol):
@@ -123,6 +124,18 @@ class Source:
         dtype = self.dtype(name)
         whole = foreign.layout.join([self._found[one].read().to(dtype) for one in foreign.names])
         return whole[: foreign.tensor.shape[0]]
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The same tensor in pieces, one after another in C order, for who needs each byte once: where ranks' shares lie in
+        one another's way, a few rows are put together at a time."""
+        foreign = self._table[name]
+        found, left = self._found[foreign.names[0]], torch.Size(foreign.tensor.shape).numel()
+        if type(self).read is not Source.read or foreign.layout is not SAME or isinstance(found, Stored) or not hasattr(found, "blocks"):
+            yield self.read(name)
+            return
+        for block in found.blocks(_BLOCK):
+            yield block.flatten()[:left]
+            left -= min(left, block.numel())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,23 @@ class Shares:
                 )
             return self.shares[0].read()
         return self.tensor.join([share.read() for share in self.shares])
+
+    def blocks(self, size: int) -> Iterator[torch.Tensor]:
+        """The whole in C order, without a copy of more than about `size` bytes.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        if self.tensor.axis is None or len(self.shares) == 1:
+            yield self.read()
+        elif self.tensor.axis == 0:
+            pieces = [share.read().chunk(self.tensor.parts) for share in self.shares]
+            yield from (piece for part in zip(*pieces, strict=True) for piece in part)
+        else:
+            shares = [share.read() for share in self.shares]
+            rows = max(1, size // max(1, sum(share[:1].nbytes for share in shares)))
+            for first in range(0, len(shares[0]), rows):
+                yield self.tensor.join([share[first : first + rows] for share in shares])
 
 
 def expect_alike(folder: Path, name: str, shares: Sequence[Readable]) -> None:
