@@ -25,6 +25,7 @@ from launcher.commands.tokenizer import (
 )
 from launcher.console import human_size, plural
 from launcher.errors import UserError
+from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
 from launcher.recipe.check_data import parse_shard
@@ -163,6 +164,9 @@ def _run(loaded: Loaded) -> None:
                 shard=shard,
                 progress=meter.show,
             )
+    except KeyboardInterrupt:
+        typer.echo("stopped    the same command goes on with the parts that are whole", err=True)
+        raise typer.Exit(STOPPED) from None
     except OSError as error:
         raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
     _report(loaded, prefixes, list(counts.values()), time.monotonic() - started)
@@ -230,10 +234,7 @@ class Meter:
         """The progress so far."""
         now, read = time.monotonic(), counts[0].bytes
         seconds = max(now - self._started, 1e-9)
-        rates = (
-            f"{counts[0].documents:,} documents, {read / 1e6 / seconds:.2f} MB/s, {counts[0].documents / seconds:,.0f} docs/s,"
-            f" {sum(count.tokens for count in counts) / seconds:,.0f} tokens/s"
-        )
+        rates = f"{counts[0].documents:,} documents, {read / 1e6 / seconds:.2f} MB/s, {sum(count.tokens for count in counts) / seconds:,.0f} tokens/s"
         if self._terminal and not self._bar.live.is_started:  # not before: its thread would keep the workers from being forked
             self._bar.start()
         self._bar.update(self._task, completed=read, description=rates)

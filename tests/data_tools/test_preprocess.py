@@ -201,7 +201,7 @@ def _gone(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=20)[1]
 
 
-@pytest.mark.parametrize(("end", "code"), [("interrupt", 130), ("kill a worker", 2), ("kill the parent", -signal.SIGKILL)])
+@pytest.mark.parametrize(("end", "code"), [("interrupt", 3), ("kill a worker", 2), ("kill the parent", -signal.SIGKILL)])
 def test_an_early_end_leaves_no_process_and_no_new_file(tmp_path, end, code):
     process, children = _start(tmp_path)
     assert len(children) == 2
@@ -217,6 +217,8 @@ def test_an_early_end_leaves_no_process_and_no_new_file(tmp_path, end, code):
     assert outputs["out_text_document.bin"].read_bytes() == outputs["out_text_document.idx"].read_bytes() == b"old"
     if end != "kill the parent":  # whom nothing can clean up after; its .part files look like what they are
         assert sorted(outputs) == ["out.unfinished", "out_text_document.bin", "out_text_document.idx"]
+    if end == "interrupt":
+        assert "stopped    the same command goes on" in (tmp_path / "log").read_text()
     if end == "kill a worker":
         assert "error: a worker process died" in (tmp_path / "log").read_text()
 
