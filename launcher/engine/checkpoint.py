@@ -323,7 +323,9 @@ def _read_torch_dist(recipe: Recipe, state: TrainState, checkpoint: Path, with_o
         return dist_checkpointing.load(sharded, str(checkpoint))
     saved, distributed = optimizer_state.saved_form(checkpoint), optimizer_state.is_distributed(state.optimizer)
     optimizer_state.ask_for(sharded["optimizer"], saved, distributed)
-    loaded = dist_checkpointing.load(sharded, str(checkpoint))
+    if distributed:
+        optimizer_state.ask_for_shares(sharded["optimizer"], state.optimizer)
+    loaded = dist_checkpointing.load(sharded, str(checkpoint), validate_access_integrity=not distributed)
     loaded["optimizer"] = optimizer_state.nest_as(loaded["optimizer"], saved, distributed)
     return loaded
 

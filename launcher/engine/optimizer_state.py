@@ -29,6 +29,7 @@ from checkpoints.formats.dist_states import SHARDING
 # a number: a run that fits would die at its first checkpoint.
 METADATA = dict(SHARDING)
 PREFIX = "optimizer.state."
+STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
 def initialize_state(optimizer: MegatronOptimizer) -> None:
@@ -72,6 +73,8 @@ def in_place(optimizer: MegatronOptimizer) -> Iterator[None]:
     For a checkpoint it cuts each parameter's state out of what it gathered, at the place that the parameter has in its buffer;
     but it gathers without the padding, and saves what lies behind a padded bucket, such as a tied table on the first of
     several stages, shifted by up to 127 numbers, zeros at its end, with a warning alone.
+
+    For loading it makes zeros to read into, 12 bytes for each number of the model; here it is room that nobody has touched.
     """
     parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     for part in parts:
@@ -83,7 +86,10 @@ def in_place(optimizer: MegatronOptimizer) -> Iterator[None]:
             del part.get_parameter_state_dp_zero
 
 
-def _gathered(gather, buffers: list, **more) -> dict | None:
+def _gathered(gather, buffers: list, empty_data: bool = False, **more) -> dict | None:
+    if empty_data:
+        rooms = ({key: torch.empty(buffer.numel) for key in STATE} for buffer in buffers)
+        return {number: {(buffer.param_dtype, buffer.grad_dtype): room} for number, (buffer, room) in enumerate(zip(buffers, rooms))}
     found = gather(**more)
     for number, buffer in enumerate(buffers if found else ()):
         for tensors in found[number].values():
@@ -129,6 +135,16 @@ def ask_for(sharded_optimizer: dict, saved: str, distributed: bool) -> None:
     dict_list_map_inplace(rename, sharded_optimizer)
 
 
+def ask_for_shares(sharded_optimizer: dict, optimizer: MegatronOptimizer) -> None:
+    """Ask the checkpoint, in place, for the tensors that this rank keeps a part of; megatron-core asks for all of them on every
+    rank. Then no tensor need be asked for by the rank that saved it, which megatron-core's validation wants."""
+    part = optimizer.chained_optimizers[0]
+    kept = {parameter for ranges in part.gbuf_ranges for buckets in ranges.values() for one in buckets for parameter in one["param_map"]}
+    order = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+    asked = sharded_optimizer["param_state"]
+    sharded_optimizer["param_state"] = {number: asked[number] for number, parameter in enumerate(order) if parameter in kept}
+
+
 def nest_as(loaded: dict, saved: str, distributed: bool) -> dict:
     """A loaded optimizer state of form `saved`, nested as the plain or the distributed optimizer loads it."""
     if distributed == (saved == "distributed"):
@@ -170,7 +186,8 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict) -> None:
                 part.load_parameter_state(str(file))
             else:
                 for index, parameter in enumerate(p for buffer in part.buffers for p in buffer.param_index_map):
-                    tensors[index].setdefault("param", parameter.detach())
+                    if index in tensors:
+                        tensors[index].setdefault("param", parameter.detach())
                 part.load_parameter_state_from_fully_reshardable(tensors)
         for parameter, step in steps.items():
             part.optimizer.state[parameter]["step"] = step

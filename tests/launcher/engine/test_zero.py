@@ -50,6 +50,11 @@ def test_each_goes_on_from_the_others_checkpoints(run, name, saved, new, tp):
     assert close(name, found, whole)
 
 
+def test_a_rank_asks_a_checkpoint_for_what_it_keeps_alone(run):
+    every, first, second = run[1]["asked"]
+    assert sorted({*first, *second}) == every and len(first) + len(second) <= len(every) + 1  # one may lie on both
+
+
 def test_megatron_core_is_asked_to_use_the_hosts_memory(run):
     assert run[1]["offloaded"] == [True, 0.5, True, 1]
 

@@ -106,6 +106,20 @@ def offloaded() -> list:
     return [isinstance(inner, HybridDeviceOptimizer), inner.offload_fraction, config.cpu_offloading, config.cpu_offloading_num_layers]
 
 
+def asked() -> list[list[int]]:
+    """Of which parameters each rank asks a checkpoint for the state of a distributed optimizer."""
+    import torch
+
+    from launcher.engine.optimizer_state import ask_for_shares
+
+    optimizer = built(of_case("gpt2", 1)).optimizer
+    everything = dict.fromkeys(range(sum(len(buffer.param_index_map) for buffer in optimizer.chained_optimizers[0].buffers)))
+    mine, every = {"param_state": everything}, [None] * 2
+    ask_for_shares(mine, optimizer)
+    torch.distributed.all_gather_object(every, list(mine["param_state"]))
+    return [list(everything), *every]
+
+
 def filled(checkpoint) -> bool:
     """Whether rows that are read tensor by tensor, as those of other formats are, are the ones that megatron-core reads."""
     import torch
@@ -143,7 +157,7 @@ def main(recipe, folder, stop):
         if any((name, zero) == saved[:2] for saved in RESUMED):
             save(one, state, run / "checkpoints", run / "tokenizer")
         results["curves"][f"{name} {zero}"] = curve + train(one, state, STEPS)
-    results["offloaded"] = offloaded()
+    results["offloaded"], results["asked"] = offloaded(), asked()
     if compiler():
         one = of_case("llama", 3)
         one.training.torch_compile = True
