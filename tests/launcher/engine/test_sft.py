@@ -95,7 +95,8 @@ def test_every_epoch_sees_each_sample_once(tmp_path):
         settle_length(recipe, {}, 5)
         samples = build_row_sets(recipe)[0]
         assert (len(samples.samples), len(samples), recipe.derived.train_iters) == (5, 8 * count, 2 * count)
-        trained = [tuple(one["labels"].tolist()) if one["loss_mask"].any() else () for one in samples]
+        found = [samples[i] for i in range(len(samples))]
+        trained = [tuple(one["labels"].tolist()) if one["loss_mask"].any() else () for one in found]
         epochs[count] = [trained[i : i + 8] for i in range(0, len(trained), 8)]
     assert epochs[1] == epochs[3][:1] and epochs[3][0] != epochs[3][1]
     assert all(len(set(epoch) - {()}) == 5 and epoch.count(()) == 3 and set(epoch) == set(epochs[1][0]) for epoch in epochs[3])
