@@ -151,6 +151,9 @@ def test_a_finished_run_is_exported_once(story, inside):
         ("checkpoint.load=half", "half lacks model-00002-of-00003.safetensors of its 3 files", "download the rest"),
         ("checkpoint.load=pointer", "model.safetensors only points to the weights", "lfs pull"),
         ("checkpoint.load=other", "model_type 'mamba' is none of gpt2, llama, yuan", "checkpoint.load="),
+        ("checkpoint.load=torn", "not a tokenizer.json: ", "where: torn/tokenizer.json"),
+        ("checkpoint.load=bare", "no such file: bare/tokenizer.json", "give the folder of a model"),
+        ("tokenizer.chat_template=tokenizer", "the tokenizer has no chat template of its own", "tokenizer.chat_template=alpaca"),
         ("checkpoint.export_hf=train.jsonl/hf", "cannot be made", "checkpoint.export_hf="),
         ("checkpoint.export_hf=hf", "hf is there already", "another checkpoint.export_hf"),
         ("checkpoint.export_hf=runs/another/hf", "the run's own folder", "A_FOLDER_OF_ITS_OWN"),
@@ -159,9 +162,12 @@ def test_a_finished_run_is_exported_once(story, inside):
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_starts(story, inside, word, said, fix):
     folder, _ = story
-    for name in ("half", "pointer", "other"):
+    for name in ("half", "pointer", "other", "torn", "bare"):
         if not (folder / name).is_dir():
             shutil.copytree(folder / "hf", folder / name)
+    (folder / "torn/tokenizer.json").write_text('{"half": ')
+    for path in (folder / "bare").glob("tokenizer*"):
+        path.unlink()
     (folder / "half/model.safetensors").unlink(missing_ok=True)
     shards = {name: f"model-{number:05d}-of-00003.safetensors" for number, name in enumerate("abc", 1)}
     (folder / "half/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -201,6 +207,18 @@ def test_what_answers_is_compared_with_a_named_recipe_too(story, inside):
     with pytest.raises(UserError) as error:
         app(["generate", "recipe=named.yaml", "--input", "asked.jsonl", "--load", "hf"], standalone_mode=False)
     assert "model.rotary_base: 10000 there, 77 here" in str(error.value) and "model.norm_epsilon: 1e-06 there, 0.01 here" in str(error.value)
+
+
+def test_of_what_answers_the_tokenizer_is_named_where_it_is_broken(story, inside):
+    folder, _ = story
+    write_jsonl(folder / "asked.jsonl", [{"query": "1+1"}])
+    assert "would run with `yuan generate`" in inside("check", "recipe=generate", "generate.input=asked.jsonl", "generate.load=hf")
+    for name, word in (("tokenizer.json", "not a tokenizer.json"), ("chat_template.jinja", "not Jinja")):
+        shutil.copytree(folder / "hf", folder / name)
+        (folder / name / name).write_text("{% half")
+        with pytest.raises(UserError, match=word) as error:
+            app(["generate", "--input", "asked.jsonl", "--load", name], standalone_mode=False)
+        assert f"{name}/{name}" in error.value.where
 
 
 def test_a_recipe_with_sizes_takes_the_folders_dropout(story, inside):
