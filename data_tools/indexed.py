@@ -301,11 +301,13 @@ class IndexedReader:
         return IndexedError(what, str(idx_path(self.prefix)), _FIX)
 
     def get(self, sequence: int) -> np.ndarray:
-        """Tokens of one sequence, a view into the file; IndexError outside 0 to sequences - 1."""
+        """Tokens of one sequence, a view into the file; IndexError outside 0 to sequences - 1, IndexedError for one outside the .bin."""
         if not 0 <= sequence < self.sequences:
             raise IndexError(f"sequence {sequence} of {self.sequences}")
-        start = int(self.offsets[sequence]) // self.dtype.itemsize
-        return self._data[start : start + int(self.lengths[sequence])]
+        start, length = int(self.offsets[sequence]) // self.dtype.itemsize, int(self.lengths[sequence])
+        if not 0 <= start <= start + length <= self.tokens:
+            raise self._torn(f"sequence {sequence} lies outside the .bin")
+        return self._data[start : start + length]
 
     def run(self, first: int, stop: int) -> np.ndarray:
         """Tokens of the sequences from `first` to before `stop`, one after another, a view into the file."""
@@ -319,8 +321,11 @@ class IndexedReader:
         return [self.get(i) for i in range(int(self.boundaries[number]), int(self.boundaries[number + 1]))]
 
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The index piece by piece, for `IndexedWriter.add_stream`."""
-        return pieces(self.lengths, self.boundaries)
+        """The index piece by piece, for `IndexedWriter.add_stream`; IndexedError where it contradicts itself."""
+        for lengths, sequences in pieces(self.lengths, self.boundaries):
+            if (sequences < 0).any() or (lengths < 0).any():
+                raise self._torn("a document ends before it begins" if (sequences < 0).any() else "a sequence has a length below 0")
+            yield lengths, sequences
 
 
 def pieces(lengths: np.ndarray, boundaries: np.ndarray, size: int = _DOCUMENTS) -> Iterator[tuple[np.ndarray, np.ndarray]]:

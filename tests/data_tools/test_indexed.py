@@ -3,6 +3,7 @@
 import fcntl
 import os
 import resource
+import struct
 import subprocess
 import sys
 
@@ -14,7 +15,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from data_tools.errors import DataError, IndexedError
 from data_tools.indexed import IndexedReader, IndexedWriter, bin_path, description_path, idx_path, token_dtype
+from data_tools.inspect import summarize
 from data_tools.lock import Lock
+from data_tools.merge import merge
 
 SEQUENCE = st.lists(st.integers(0, 65499), max_size=5)
 DOCUMENTS = st.lists(st.lists(SEQUENCE.filter(len), max_size=3), min_size=1, max_size=6)
@@ -141,6 +144,31 @@ def test_torn_files_are_refused(tmp_path):
     bin_path(prefix).write_bytes(data)
     with pytest.raises(IndexError):
         IndexedReader(prefix).get(2)
+
+
+@pytest.mark.parametrize(
+    ("at", "format", "value", "what"),
+    [
+        (34 + 12 * 3 + 8, "<q", 2**46, "a document ends before it begins"),
+        (34 + 12 * 3 + 8, "<q", -1, "a document ends before it begins"),
+        (34, "<ii", (-2, 5), "a sequence has a length below 0"),
+        (34 + 4 * 3, "<q", 8, "sequence 0 lies outside the .bin"),
+        (34 + 4 * 3, "<q", -4, "sequence 0 lies outside the .bin"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused_where_it_is_read(tmp_path, at, format, value, what):
+    write(tmp_path / "p", [[[1]], [[2, 3]], [[4]]])
+    with open(idx_path(tmp_path / "p"), "r+b") as file:
+        file.seek(at)
+        file.write(struct.pack(format, *np.atleast_1d(value)))
+    with pytest.raises(IndexedError, match=what):
+        if "outside" in what:
+            IndexedReader(tmp_path / "p").get(0)
+        summarize(tmp_path / "p")
+    if "outside" not in what:
+        with pytest.raises(IndexedError, match=what):
+            merge([tmp_path / "p"], tmp_path / "merged")
+        assert not list(tmp_path.glob("merged*"))
 
 
 def test_two_writers_of_one_output(tmp_path):
