@@ -239,6 +239,7 @@ class Part:
 
     def _begin(self, plan: Mapping[str, Any], tell: Tell) -> None:
         part, mark = self.path, self.path / MARK
+        expect_free(self.folder, ())  # others may have ended the conversion while this one waited for the lock
         if part.is_symlink() or part.exists():
             if part.is_symlink() or not part.is_dir() or not mark.is_file() and any(not one.name.startswith(MARK) for one in part.iterdir()):
                 raise CheckpointError(f"{part} is in the way, and no conversion left it", f"move it away, or {_ANOTHER}")

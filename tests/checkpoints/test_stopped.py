@@ -23,6 +23,7 @@ from checkpoints import journal  # noqa: E402
 from checkpoints.convert import Wanted, convert, open_source  # noqa: E402
 from checkpoints.folder import CheckpointError  # noqa: E402
 from checkpoints.formats import base, hf, torch_dist_target  # noqa: E402
+from checkpoints.part import Part  # noqa: E402
 from checkpoints.quantize import Quantized  # noqa: E402
 from checkpoints.recognise import recognise  # noqa: E402
 from data_tools.lock import Lock  # noqa: E402
@@ -219,6 +220,15 @@ def test_shares_on_several_machines(tmp_path):
     _convert(tmp_path, "torch", "other", tell=lambda *words: told.append(words))
     assert told[-1][0] == "kept" and _files(tmp_path / "other") == _files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "other", "out", "whole"]
+
+
+def test_a_share_that_waited_until_all_was_done_begins_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("whole")
+    part = Part(tmp_path / "out", (1, 2))
+    with pytest.raises(CheckpointError, match="out is there already"), part.begun({}, lambda what, text: None):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_workers_write_the_same_bytes_and_int8_becomes_bf16(tmp_path, monkeypatch):
