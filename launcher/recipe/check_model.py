@@ -128,7 +128,7 @@ def shapes(case: Case) -> Iterator[Problem]:
 
 
 YUAN2 = {  # what Yuan 2.0 is in every size: its parts and formats know no other
-    "model.position_embedding_type": "rope", "model.rotary_percent": 1.0, "model.normalization": "RMSNorm",
+    "model.position_embedding_type": "rope", "model.rotary_percent": 1.0, "model.use_rope_scaling": False, "model.normalization": "RMSNorm",
     "model.swiglu": True, "model.add_bias_linear": False, "model.add_qkv_bias": False,
     "model.untie_embeddings_and_output_weights": False,
 }  # fmt: skip

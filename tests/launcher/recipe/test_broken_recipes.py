@@ -70,6 +70,7 @@ BROKEN = {
     "model.rotary_bf16=true": "rotary_bf16 is for the released weights of Yuan 2.0",
     YUAN2 + "model.swiglu=false": "Yuan 2.0 has swiglu true; model.swiglu=true; bases/yuan2",
     YUAN2 + "model.normalization=LayerNorm": "Yuan 2.0 has normalization RMSNorm",
+    YUAN2 + "model.use_rope_scaling=true": "Yuan 2.0 has use_rope_scaling false",
     YUAN2 + "model.num_query_groups=2": "Yuan 2.0 has a key for each query head: 4 heads, 2 query groups; model.num_query_groups=4",
     YUAN2 + "model.hidden_size=99 model.num_attention_heads=3 model.kv_channels=32": "Yuan 2.0's filter halves hidden_size 99; 98 or 100",
     "model.hidden_dropout=1.5": "model.hidden_dropout must be below 1",
