@@ -309,7 +309,8 @@ def _parquet_rows(source: Source, raw: BinaryIO, keys: Sequence[str]) -> Iterato
     except ImportError:
         raise InputError("reading Parquet needs the package pyarrow", source.path, "pip install pyarrow") from None
     try:
-        file = pyarrow.parquet.ParquetFile(raw, buffer_size=_READ)  # otherwise a column of a row group is held as a whole: GBs of texts
+        # Otherwise a column of a row group is held as a whole, which may be GBs of texts.
+        file = pyarrow.parquet.ParquetFile(raw, buffer_size=_READ, pre_buffer=False)
         columns = [key for key in keys if key in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=_ROWS, columns=columns or None):
             for row in batch.to_pylist():

@@ -182,6 +182,14 @@ def test_parquet(tmp_path):
         preprocess(path, tmp_path / "out", NULL)
 
 
+def test_a_row_group_of_parquet_is_read_little_by_little(tmp_path):
+    import pyarrow
+
+    path = write_parquet(tmp_path / "in.parquet", text=[os.urandom(4000).hex() for _ in range(3000)])
+    reading = blocks(find_sources(path)[0], 1 << 16, ["text"])
+    assert len(next(reading).read()) < 20 and pyarrow.total_allocated_bytes() < 8e6  # of 24 MB
+
+
 def test_bad_lines_are_counted_shown_and_limited(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(('{"text": "%d"}\n' % i) if i % 10 else "broken\n" for i in range(100)))
