@@ -212,12 +212,16 @@ def _records(path: Path, view: _View, archive: zipfile.ZipFile, base: int) -> tu
     for entry in archive.infolist():
         if not entry.filename.startswith(f"{roots[0]}/data/"):
             continue
-        view.seek(entry.header_offset + 26)
-        names, extra = struct.unpack("<HH", view.read(4))
+        key = entry.filename.removeprefix(f"{roots[0]}/data/")
+        view.seek(entry.header_offset)
+        header = view.read(30)
+        names, extra = struct.unpack("<HH", header[26:])
+        if not header.startswith(b"PK\3\4") or not view.read(names).endswith(f"/data/{key}".encode()):
+            raise CheckpointError(f"{path} is damaged: {entry.filename} does not lie where its list says", _AGAIN)
         at = entry.header_offset + 30 + names + extra
         if at + entry.file_size > view.length:
             raise CheckpointError(f"{path} is damaged: {entry.filename} is cut off", _AGAIN)
-        places[entry.filename.removeprefix(f"{roots[0]}/data/")] = (base + at, entry.file_size)
+        places[key] = (base + at, entry.file_size)
     return roots[0], places
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.folder import CheckpointError, UnsaidError
 from checkpoints.models.config import number, shared, whole
 from checkpoints.models.model import Model
-from checkpoints.models.tensor import padded
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +71,13 @@ def model_with_ids(args: Mapping[str, Any], where: str, vocab_size: int | None) 
 
 def _ids(args: Mapping[str, Any]) -> Any:
     """Ids before padding, where settings say it. Of Megatron-LM's own `--vocab-size` the tokenizer makes what it likes: it is
-    believed where it was padded to the rows that there are. NullTokenizer's end of document comes besides."""
+    believed where fewer rows than a multiple pad it. NullTokenizer's end of document comes besides."""
     said, rows = args.get("vocab_size"), args.get("padded_vocab_size")
     if "family" in args or not all(type(one) is int and one > 0 for one in (said, rows)):
         return said
     ids = said + (args.get("tokenizer_type") == "NullTokenizer")
     multiple = (args.get("make_vocab_size_divisible_by") or 128) * (args.get("tensor_model_parallel_size") or 1)
-    return ids if padded(ids, multiple) == rows else None
+    return ids if 0 <= rows - ids < multiple else None
 
 
 # Settings with which the same tensors compute something else, under Megatron-LM's names; beside null and false what means nothing.

@@ -117,6 +117,15 @@ def test_an_archive_whose_list_lies(tmp_path, change):
         pickled.read(path)
 
 
+def test_a_storage_that_does_not_lie_where_the_list_says(tmp_path):
+    path = archive(tmp_path / "x.pt", TENSOR + b".")
+    content = path.read_bytes()
+    at = content.index(b"PK\1\2", content.index(b"PK\1\2") + 4) + 42  # where the second entry's place stands
+    path.write_bytes(content[:at] + (content[at] + 8).to_bytes(1, "little") + content[at + 1 :])
+    with pytest.raises(CheckpointError, match="x/data/0 does not lie where its list says"):
+        pickled.read(path)
+
+
 def test_a_tensor_of_that_form_is_read_where_it_lies(tmp_path):
     found = pickled.read(archive(tmp_path / "x.pt", TENSOR + b"."))
     assert isinstance(found, Stored) and found.path == tmp_path / "x.pt" and found.read().tolist() == [0] * 16
