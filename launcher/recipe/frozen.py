@@ -35,4 +35,4 @@ def own_recipe(folder: Path) -> Recipe | None:
         return read_frozen(path)
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
         what = f"the checkpoint's recipe cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(what, str(path), "another version of yuan may have written it; take another checkpoint") from error
+        raise UserError(what, str(path), "another version of yuan may have written it; take another checkpoint, or start another run with run.name=NAME") from error
