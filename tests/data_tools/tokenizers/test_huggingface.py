@@ -137,6 +137,13 @@ def test_a_difference_found_on_the_way_is_an_error_and_no_wrong_ids(folder):
     assert "tokenizer.use_gigatoken=false" in refused.value.fix
 
 
+def test_letters_that_gigatoken_alone_knows(folder):
+    fast, exact = (build(folder, use_gigatoken=one) for one in (True, False))
+    for texts in (["a", "\U000323b0'll", "b\ua7f1's 😀", "c"], ["\u1acf 1"], ["x", "Ä", "\U00010940\U00010941 \U00010940'll" * 200]):
+        (ids, lengths), (wanted, theirs) = fast.encode_arrays(texts), exact.encode_arrays(texts)
+        assert ids.tolist() == wanted.tolist() and lengths.tolist() == theirs.tolist()
+
+
 @needs_shared
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.sampled_from(["<|endoftext|>", "'ll", " 's\n"])), max_size=8))

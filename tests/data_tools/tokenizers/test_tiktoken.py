@@ -51,6 +51,15 @@ def test_published_encodings_id_for_id(name, gpt2_ranks, tmp_path, monkeypatch):
 
 
 @needs_shared
+def test_every_character_of_unicode(gpt2_ranks, tmp_path):
+    """Letters, digits and marks that one library knows and the other does not: o200k's expression asks for all kinds."""
+    texts = [f"{chr(c)}'ll b{chr(c)}A" for c in range(0x80, 0x34000) if not 0xD800 <= c < 0xE000]
+    path = rank_file(tmp_path / "o200k_base.tiktoken", gpt2_ranks)
+    (ids, lengths), (wanted, theirs) = (build(path, use_gigatoken=one).encode_arrays(texts) for one in (True, False))
+    assert lengths.tolist() == theirs.tolist() and ids.tolist() == wanted.tolist()
+
+
+@needs_shared
 def test_r50k_is_gpt2(gpt2_ranks, tmp_path):
     files = {"vocab_file": SHARED / "data" / "gpt2-vocab.json", "merge_file": SHARED / "data" / "gpt2-merges.txt"}
     ours, gpt2 = build(rank_file(tmp_path / "r50k_base.tiktoken", gpt2_ranks)), build_tokenizer("GPT2BPETokenizer", **files)
