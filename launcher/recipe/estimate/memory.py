@@ -23,9 +23,10 @@ GIB = 2**30
 BAND = 0.10  # what the estimate may be off by, either way (tests/benchmarks/README.md)
 # Of a process without a model. CPU: resident after the imports, measured. GPU: the CUDA context, cuBLAS's workspace and
 # NCCL's buffers, which no allocator of torch counts.
-BASE = {"cpu": int(0.40 * GIB), "cuda": int(1.5 * GIB)}
+BASE = {"cpu": int(0.34 * GIB), "cuda": int(1.5 * GIB)}
 # glibc's heap of a CPU process, which keeps what is freed for the next step (launcher/launch/torchrun.py), has holes: so much, and
-# a share of what comes and goes, by ten cases that were measured; of little, 0.7.
+# a share of what comes and goes, by ten cases that were measured; of little, 0.7. Twice that with tensor-parallel ranks, whose
+# shares are gathered and summed meanwhile (two cases: 0.5 and 0.7 GiB of 0.4 that come and go).
 HOLES = int(0.35 * GIB), 0.2
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "base")
 
@@ -139,7 +140,8 @@ def _holes(recipe: Recipe, passing: int) -> int:
     the large ones: Llama with 0.7 GiB of activations had 1.2 GiB of holes, with 0.9 GiB 1.4."""
     if recipe.lora.rank:
         return int(1.5 * passing)
-    return min(int(0.7 * passing), HOLES[0] + int(HOLES[1] * passing))
+    times = 1 if recipe.parallel.tensor_model_parallel_size == 1 else 2
+    return min(int(0.7 * times * passing), HOLES[0] * times + int(HOLES[1] * passing))
 
 
 def _kept(recipe: Recipe, number: int, stage: list[Chunk]) -> int:
