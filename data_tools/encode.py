@@ -17,7 +17,7 @@ from data_tools.long_lines import json_texts, line_text
 from data_tools.records import JSON_FORMATS, PARSERS, BadLine, Sentences, parse_whole
 from data_tools.sources import Block
 from data_tools.tokenizers import Tokenizer
-from data_tools.tokenizers.base import LONG, joined
+from data_tools.tokenizers.base import LONG, spliced
 
 _BATCH_BYTES = 1 << 22  # of input encoded at once: large enough for vectors, small enough for the caches
 BAD_SHOWN = 5
@@ -269,9 +269,10 @@ class BlockEncoder:
         return Column(tokens, lengths.astype("<i4"), sequences.astype("<i4"))
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if max(map(len, texts), default=0) <= LONG:
+        long = {i: np.concatenate(list(self.tokenizer.encode_pieces([text]))) for i, text in enumerate(texts) if len(text) > LONG}
+        if not long:
             return self.tokenizer.encode_arrays(texts)
-        return joined([np.concatenate(list(self.tokenizer.encode_pieces([text]))) for text in texts])
+        return spliced(*self.tokenizer.encode_arrays(["" if i in long else text for i, text in enumerate(texts)]), long)
 
     @property
     def dtypes(self) -> list[np.dtype]:

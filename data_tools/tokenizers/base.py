@@ -170,6 +170,14 @@ def content_of(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def spliced(ids: np.ndarray, lengths: np.ndarray, others: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All ids of several texts, and how many of each, with those of `others`, by the text's number, in the place of its own."""
+    each = np.split(ids, np.cumsum(lengths)[:-1])
+    for number, one in others.items():
+        each[number] = one
+    return joined(each)
+
+
 def joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Ids of several texts as `Tokenizer.encode_arrays` gives them."""
     lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
