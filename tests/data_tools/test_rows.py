@@ -10,7 +10,8 @@ from data_tools import sources
 from data_tools.errors import InputError
 from data_tools.rows import first_rows
 
-values = st.recursive(st.text(max_size=9) | st.integers() | st.booleans() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
+numbers = st.integers(-(2**63), 2**64 - 1)  # beyond 64 bits orjson gives floats; text is what is read of rows
+values = st.recursive(st.text(max_size=9) | numbers | st.booleans() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 records = st.lists(st.dictionaries(st.text(max_size=9), values, max_size=4), min_size=1, max_size=8)
 
 
