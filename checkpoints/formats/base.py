@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from checkpoints.files.placed import Place, Placed
-from checkpoints.files.stored import Buffer, Stored, raw
+from checkpoints.files.stored import Buffer, raw
 from checkpoints.folder import CheckpointError
 from checkpoints.models import gpt
 from checkpoints.models.layout import SAME, Foreign
@@ -130,10 +130,10 @@ class Source:
         one another's way, a few rows are put together at a time."""
         foreign = self._table[name]
         found, left = self._found[foreign.names[0]], torch.Size(foreign.tensor.shape).numel()
-        if type(self).read is not Source.read or foreign.layout is not SAME or isinstance(found, Stored) or not hasattr(found, "blocks"):
+        if type(self).read is not Source.read or foreign.layout is not SAME or not hasattr(found, "in_order"):
             yield self.read(name)
             return
-        for block in found.blocks(_BLOCK):
+        for block in found.in_order(_BLOCK):
             yield block.flatten()[:left]
             left -= min(left, block.numel())
 

@@ -47,7 +47,7 @@ class Shares:
             return self.shares[0].read()
         return self.tensor.join([share.read() for share in self.shares])
 
-    def blocks(self, size: int) -> Iterator[torch.Tensor]:
+    def in_order(self, size: int) -> Iterator[torch.Tensor]:
         """The whole in C order, without a copy of more than about `size` bytes.
 
         Raises:
