@@ -26,8 +26,9 @@ BAND = 0.10  # what the estimate may be off by, either way (tests/benchmarks/REA
 BASE = {"cpu": int(0.34 * GIB), "cuda": int(1.5 * GIB)}
 # glibc's heap of a CPU process, which keeps what is freed for the next step (launcher/launch/torchrun.py), has holes: so much, and
 # a share of what comes and goes, by ten cases that were measured; of little, 0.7. Twice that with tensor-parallel ranks, whose
-# shares are gathered and summed meanwhile (two cases: 0.5 and 0.7 GiB of 0.4 that come and go).
-HOLES = int(0.35 * GIB), 0.2
+# shares are gathered and summed meanwhile (two cases: 0.5 and 0.7 GiB of 0.4 that come and go). ZeRO 2 and 3 gather and let go
+# of each layer's weights between the others' activations: 0.22 to 0.44 GiB more (four cases).
+HOLES, GATHERED_HOLES = (int(0.35 * GIB), 0.2), int(0.25 * GIB)
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "base")
 
 
@@ -141,7 +142,8 @@ def _holes(recipe: Recipe, passing: int) -> int:
     if recipe.lora.rank:
         return int(1.5 * passing)
     times = 1 if recipe.parallel.tensor_model_parallel_size == 1 else 2
-    return min(int(0.7 * times * passing), HOLES[0] * times + int(HOLES[1] * passing))
+    holes = min(int(0.7 * times * passing), HOLES[0] * times + int(HOLES[1] * passing))
+    return holes + (GATHERED_HOLES if sharded(recipe) else 0)
 
 
 def _kept(recipe: Recipe, number: int, stage: list[Chunk]) -> int:
