@@ -77,13 +77,13 @@ def _without_long_strings(line: bytes) -> tuple[bytes, list[LongText]]:
 
 def _end_of_string(line: bytes, opening: int) -> int:
     """Behind the quote that closes the string; 0 where there is none."""
-    quote = opening
-    while (quote := line.find(b'"', quote + 1)) >= 0:
-        first = quote
-        while line[first - 1] == ord("\\"):
-            first -= 1
-        if (quote - first) % 2 == 0:  # each pair of backslashes is one
-            return quote + 1
+    at, size = opening + 1, 64  # more each time: most strings are short
+    while at < len(line):
+        piece = line[at : at + size].replace(b"\\\\", b"..").replace(b'\\"', b"..")  # escaped ones out of the way
+        if (quote := piece.find(b'"')) >= 0:
+            return at + quote + 1
+        at += max(1, len(piece) - piece.endswith(b"\\"))  # what it escapes is the next piece's first
+        size = min(4 * size, _PIECE)
     return 0
 
 

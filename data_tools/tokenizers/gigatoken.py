@@ -24,6 +24,7 @@ from data_tools.tokenizers.base import Tokenizer, spliced
 Encode = Callable[[list[str]], list[list[int]]]
 _SAMPLE = 512  # characters of a batch's middle text: 0.2 ms of `tokenizers` beside the 10 ms of a batch
 _GROWTH = 192 << 20  # bytes of words kept: 1.5 GB of varied text, or 24 MB of words that never come again
+_NEAR = 1 << 12  # characters that the exact library reads around one that gigatoken knows and it does not
 _LEAST_TEXT = 1 << 24  # characters between two of them, as building takes as long as these (0.15 s)
 _HARD = [
     "To be, or not to be: it's 1234567 o'clock, they'll say'S 'LL",
@@ -82,17 +83,8 @@ class Gigatoken:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         texts = texts if isinstance(texts, list) else list(texts)
         self._forget(sum(map(len, texts)))
-        odd = [number for number, text in enumerate(texts) if not text.isascii() and has_new(text)]
-        if odd:
-            return self._encode_around(texts, odd)
         self._compare([texts[len(texts) // 2][:_SAMPLE]])
         return self._encode(texts)
-
-    def _encode_around(self, texts: list[str], odd: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The texts of these numbers are encoded by the exact library."""
-        exact = self._exact([texts[number] for number in odd])
-        others = {number: np.array(one, np.uint32) for number, one in zip(odd, exact, strict=True)}
-        return spliced(*self._encode(["" if number in others else text for number, text in enumerate(texts)]), others)
 
     def _forget(self, text: int) -> None:
         """Start over with no words where the process has grown, before so much more text."""
@@ -144,7 +136,19 @@ class GigatokenBatches(Tokenizer):
         """The same tokenizer by `gigatoken.Tokenizer` (the factory); TokenizerError for what it must not be tried on."""
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return self._fast.encode_arrays(texts) if self._fast else super().encode_arrays(texts)
+        if not self._fast:
+            return super().encode_arrays(texts)
+        odd = {number: self._around_new(text) for number, text in enumerate(texts) if not text.isascii() and has_new(text)}
+        if not odd:
+            return self._fast.encode_arrays(texts)
+        return spliced(*self._fast.encode_arrays(["" if number in odd else text for number, text in enumerate(texts)]), odd)
+
+    def _around_new(self, text: str) -> np.ndarray:
+        """The ids of a text that has a character of `has_new`: by the exact library where it is near."""
+        pieces = list(self.pieces([text], _NEAR))
+        odd = {number: np.array(self.encode(piece), np.uint32) for number, (piece, _) in enumerate(pieces) if has_new(piece)}
+        ids, lengths = spliced(*self._fast.encode_arrays(["" if number in odd else piece for number, (piece, _) in enumerate(pieces)]), odd)
+        return np.concatenate([one[left_out:] for one, (_, left_out) in zip(np.split(ids, np.cumsum(lengths)[:-1]), pieces, strict=True)])
 
     @cached_property
     def _fast(self) -> Gigatoken | None:

@@ -138,7 +138,7 @@ class TikTokenizer(GigatokenBatches):
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._fast:
-            return self._fast.encode_arrays(texts)
+            return super().encode_arrays(texts)
         allowed: Any = set() if self._plain else "all"
         return joined([self._backend.encode_to_numpy(text, allowed_special=allowed, disallowed_special=()) for text in texts])
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from data_tools.preprocess import preprocess
 from data_tools.tokenizers import Tokenizer, build_tokenizer, train_sentencepiece
@@ -55,32 +56,13 @@ def make_corpus(path: Path) -> Path:
 
 
 def byte_level(corpus: Path, megabytes: float, folder: Path, tokenizer: Tokenizer) -> None:
-    import gigatoken
-
-    texts = [json.loads(line)["text"] for line in corpus.open(encoding="utf-8")]
-    library = tokenizer._backend.to_str()  # what the library alone is built from
-
-    def alone(parallel: bool) -> None:
-        fresh = gigatoken.Tokenizer.from_json(library)  # a used one has cached the words
-        started = time.perf_counter()
-        fresh.encode_batch(texts, parallel=parallel)
-        spent.append(time.perf_counter() - started)
-
-    def ours() -> None:
-        fresh = fresh_copy(tokenizer)
-        started = time.perf_counter()
-        preprocess(corpus, folder / "yuan", fresh, append_eod=True, workers=CORES)
-        our_spent.append(time.perf_counter() - started)
-
-    spent: list[float] = []
-    our_spent: list[float] = []
-    their_spent: list[float] = []
+    seconds: dict[str, list[float]] = {"gigatoken alone, all cores": [], "yuan preprocess": [], "Megatron-LM's way": []}
+    library, yuan, megatron = seconds.values()
     for _ in range(ROUNDS):
         for _ in range(TURNS):
-            alone(True)
-            ours()
-        their_spent += [apart(corpus, folder / "megatron", tokenizer)] * TURNS
-    seconds = {"gigatoken alone, all cores": spent, "yuan preprocess": our_spent, "Megatron-LM's way": their_spent}
+            library.append(apart(gigatoken_alone, corpus, tokenizer))
+            yuan.append(apart(yuan_preprocess, corpus, folder / "yuan", tokenizer))
+        megatron += [apart(megatron_lms_way, corpus, folder / "megatron", tokenizer)] * TURNS
     same = all((folder / f"yuan_text_document.{s}").read_bytes() == (folder / f"megatron.{s}").read_bytes() for s in ("bin", "idx"))
     print(f"GPT-2's byte-level BPE, {CORES} processes; the bytes of both tools are {'the same' if same else 'DIFFERENT'}")
     report(seconds, megabytes, "yuan preprocess")
@@ -101,16 +83,6 @@ def sentencepiece(corpus: Path, megabytes: float, folder: Path) -> None:
     )
     print(f"SentencePiece (BPE, 8,000 pieces), {CORES} processes")
     report(seconds, megabytes, "yuan preprocess")
-
-
-def fresh_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer without the words it has cached, built: pickled as its files and options. Building it takes 0.3 s,
-    which no contestant's time holds."""
-    import pickle
-
-    fresh: Tokenizer = pickle.loads(pickle.dumps(tokenizer))
-    fresh.engine
-    return fresh
 
 
 def rounds(contestants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -144,10 +116,29 @@ def _encode(line: str) -> list[int]:
     return [*ids, _worker.eod] if ids else []
 
 
-def apart(*arguments: object) -> float:
-    """Seconds of `megatron_lms_way` in a process of its own: torch, once imported, would keep ours from forking workers."""
+def apart(way: Callable[..., float], *arguments: object) -> float:
+    """Seconds of one of these in a process of its own: what others leave in memory slows forking (0.45 s became 0.7), torch
+    keeps from it, and a tokenizer that was used knows the words. It is built there, in 0.3 s that nobody's time holds."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(megatron_lms_way, *arguments).result()
+        return pool.submit(way, *arguments).result()
+
+
+def gigatoken_alone(corpus: Path, tokenizer: Any) -> float:
+    import gigatoken
+
+    texts = [json.loads(line)["text"] for line in corpus.open(encoding="utf-8")]
+    library = gigatoken.Tokenizer.from_json(tokenizer._backend.to_str())
+    library.encode_batch(["threads start"] * 2 * CORES)
+    started = time.perf_counter()
+    library.encode_batch(texts, parallel=True)
+    return time.perf_counter() - started
+
+
+def yuan_preprocess(corpus: Path, prefix: Path, tokenizer: Tokenizer) -> float:
+    tokenizer.engine
+    started = time.perf_counter()
+    preprocess(corpus, prefix, tokenizer, append_eod=True, workers=CORES)
+    return time.perf_counter() - started
 
 
 def megatron_lms_way(corpus: Path, prefix: Path, tokenizer: Tokenizer) -> float:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.tokenizers import base, build_tokenizer
+from data_tools.tokenizers import base, build_tokenizer, gigatoken
 from tests.data_tools.samples import HARD_TEXTS
 
 LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=30)
@@ -66,6 +66,30 @@ def test_a_long_text_in_pieces(tokenizer, texts, size):
         assert sum(pieces(tokenizer, text, size), []) == tokenizer.encode(text)
     finally:
         base.LONG = before
+
+
+SIGNS = st.lists(st.sampled_from(["a", "x1", "the", '"),', "=", "=" * 70, ");", "！", "\n", "\r\n", "  ", "\t", "'s"]), min_size=60, max_size=150)
+
+
+@FAST
+@given(signs=SIGNS)
+def test_a_long_text_of_signs_in_pieces(tokenizer, signs):
+    text = "".join(signs)
+    assert sum((tokenizer.encode(piece)[out:] for piece, out in tokenizer.pieces([text], 100)), []) == tokenizer.encode(text)
+
+
+def test_a_table_is_cut_behind_the_signs_that_end_its_lines(tokenizer):
+    table = '    (0x41, "M", "a"),\n' * 40
+    assert len(list(tokenizer.pieces([table], 200))) > 1 or tokenizer.type == "SentencePieceTokenizer" or "tiktoken" in str(tokenizer.files).lower()
+
+
+def test_around_characters_that_one_library_does_not_know(tokenizer, monkeypatch):
+    monkeypatch.setattr(gigatoken, "_NEAR", 200)
+    lines = [f'    (0x{i:x}, "{chr(i)}"),\n' for i in range(0x80, 0x200)]
+    lines[7::40] = [f"  {chr(i)}{chr(0x323B0 + i)}'ll, the cat sat\n" for i in range(len(lines[7::40]))]
+    text = "".join(lines)
+    ids, lengths = tokenizer.encode_arrays(["before", text, "behind"])
+    assert ids[lengths[0] : lengths[:2].sum()].tolist() == tokenizer.encode(text)
 
 
 def test_a_long_text_is_cut_where_neighbours_are_merged(tokenizer, monkeypatch):
