@@ -5,7 +5,15 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
+
+# Ctrl-C during the imports below (0.2 s, a second from a cold disk) ends the process as it ends any other, not with a
+# traceback; what was to come of it, if anything, stands again behind them.
+ON_CTRL_C = signal.getsignal(signal.SIGINT)
+if ON_CTRL_C is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from importlib.metadata import version
 from typing import Annotated, Any, Optional
 
@@ -159,6 +167,8 @@ def _register() -> None:
 
 
 _register()
+if ON_CTRL_C is signal.default_int_handler:
+    signal.signal(signal.SIGINT, ON_CTRL_C)
 
 
 def main() -> None:
@@ -169,6 +179,8 @@ def main() -> None:
         return
     try:
         app()
+    except KeyboardInterrupt:  # typer answers it only where it runs a verb
+        sys.exit(130)
     except UserError as error:
         print_errors(error)
         sys.exit(2)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -128,6 +129,24 @@ def test_a_mistake_is_wrapped_at_a_terminal_and_nowhere_else(monkeypatch, column
     assert widest - 20 < max(map(len, shown.splitlines())) <= widest
     assert shown.split() == text.split()
     assert wrapped(text, io.StringIO()) == text
+
+
+CTRL_C_AT_AN_IMPORT = """
+import os, signal, sys
+class AtAnImport:
+    def find_spec(self, name, *_):
+        if name == "launcher.commands.sft":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, AtAnImport())
+import launcher.cli as cli
+cli.main()
+"""
+
+
+def test_ctrl_c_while_the_verbs_are_imported_leaves_no_traceback(tmp_path):
+    run = yuan("--help", code=CTRL_C_AT_AN_IMPORT, cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
 
 
 RAISING = """
