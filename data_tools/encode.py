@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from data_tools.tokenizers import Tokenizer
 from data_tools.tokenizers.base import LONG, spliced
 
 _BATCH_BYTES = 1 << 22  # of input encoded at once: large enough for vectors, small enough for the caches
+_LONG_LINE = 1 << 23  # bytes of a line that is read piece by piece: as a whole it may be five times as large in memory
 BAD_SHOWN = 5
 _NONE = np.empty(0, dtype="<i4")
 
@@ -100,10 +100,8 @@ class PartFiles:
         Path(f"{self._stem}.json").unlink(missing_ok=True)
 
     def write(self, part: Part) -> None:
-        """Declare the part whole."""
-        beside = Path(f"{self._stem}.json.part")
-        beside.write_text(json.dumps(asdict(part)), encoding="utf-8")
-        os.replace(beside, f"{self._stem}.json")
+        """Declare the part whole; of a record that was cut off `read` takes nothing."""
+        Path(f"{self._stem}.json").write_text(json.dumps(asdict(part)), encoding="utf-8")
 
 
 @dataclass
@@ -164,7 +162,7 @@ class BlockEncoder:
             stop = max(start + 1, int(np.searchsorted(ends, before + _BATCH_BYTES, side="right")))
             chunk = lines[start:stop]
             lines[start:stop] = [b""] * len(chunk)  # as it is encoded: a line may be most of the memory
-            if len(chunk[0]) > _BATCH_BYTES and (pieces := self._long_texts(block, chunk[0])):
+            if len(chunk[0]) > _LONG_LINE and (pieces := self._long_texts(block, chunk[0])):
                 yield from self._long(pieces)
                 start = stop
                 continue
@@ -254,19 +252,18 @@ class BlockEncoder:
         """Texts, of which each document has so many, as ids. As Megatron-LM: an empty sentence is no sequence, and a
         document without any gets no end of document either."""
         ids, lengths = self._encode(texts)
-        tokens = ids.astype(self.dtypes[0])
         document = np.repeat(np.arange(len(sentences)), sentences)[lengths > 0]
         lengths = lengths[lengths > 0]
         sequences = np.bincount(document, minlength=len(sentences))
         if self.append_eod and len(lengths):
             last = np.append(document[1:] != document[:-1], True)
             lengths = lengths + last
-            is_text = np.ones(len(tokens) + int(last.sum()), dtype=bool)
+            is_text = np.ones(len(ids) + int(last.sum()), dtype=bool)
             is_text[np.cumsum(lengths)[last] - 1] = False
-            ended = np.full(len(is_text), self.tokenizer.eod, dtype=tokens.dtype)
-            ended[is_text] = tokens
-            tokens = ended
-        return Column(tokens, lengths.astype("<i4"), sequences.astype("<i4"))
+            ended = np.full(len(is_text), self.tokenizer.eod, dtype=self.dtypes[0])
+            ended[is_text] = ids
+            ids = ended
+        return Column(ids.astype(self.dtypes[0], copy=False), lengths.astype("<i4"), sequences.astype("<i4"))
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         long = {i: np.concatenate(list(self.tokenizer.encode_pieces([text]))) for i, text in enumerate(texts) if len(text) > LONG}

@@ -31,6 +31,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     wait for it for ever).
     """
     context = _context()
+    gc.freeze()  # what is shared with forked processes is not looked at for garbage, here or there: that copies pages
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function,))
     pending: deque[Future[Result]] = deque()
     try:
@@ -46,6 +47,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise DataError("a worker process died, most likely for want of memory", f"one of {workers} workers", fix) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 @contextmanager
@@ -72,7 +74,6 @@ _function: Callable[[Any], Any]
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    gc.freeze()  # what was forked is not looked at for garbage, which would copy its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -21,7 +21,7 @@ LONG = 1 << 20  # characters of a text from which it is encoded in pieces: libra
 # Few signs, that the ids compared are those of all of them: a run of signs and the line end behind it may be one word.
 _WORD_END = re.compile(r"\w(?:(?=[ \n，。])|[^\w\s]{1,8}(?=[ \n]))")
 _WAYS = ((0, 0), (1, 0), (0, 1))  # what is left out behind a cut: nothing; a space, and the tokenizer adds one; the id of one that it adds
-_AROUND, _SEARCHED, _TRIED = 64, 1 << 12, 8  # characters compared on either side of a cut; where they are looked for, and how many
+_AROUND, _SEARCHED, _TRIED = 64, 1 << 10, 8  # characters compared on either side of a cut; where they are looked for, and how many
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -82,24 +82,21 @@ class Tokenizer(ABC):
     def encode_pieces(self, text: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of a long text that comes in pieces, in pieces too, so that it takes little memory: all of them together are
         those of `encode`."""
-        for piece, left_out in self.pieces(text, LONG):
-            yield self.encode_arrays([piece])[0][left_out:]
-
-    def pieces(self, text: Iterable[str], size: int) -> Iterator[tuple[str, int]]:
-        """The text in pieces of about `size` characters, each with the number of ids to leave out at its start: what is left are
-        the text's. It is cut where the ids around the cut show that it changes none."""
         held, left_out = "", 0
         for part in text:
-            for start in range(0, len(part), size):
-                held += part[start : start + size]
-                if self.is_local and len(held) >= size and (cut := self._cut(held)):
+            for start in range(0, len(part), LONG):
+                held += part[start : start + LONG]
+                if len(held) >= LONG and (cut := self._cut(held)):
                     at, skipped, next_left_out = cut
-                    yield held[:at], left_out
+                    yield self.encode_arrays([held[:at]])[0][left_out:]
                     held, left_out = held[at + skipped :], next_left_out
-        yield held, left_out
+        yield self.encode_arrays([held])[0][left_out:]
 
     def _cut(self, text: str) -> tuple[int, int, int] | None:
-        """Where to cut near the end, and how many characters and ids to leave out behind it; None where no cut is known to be right."""
+        """Where to cut near the end, and how many characters and ids to leave out behind it; None where no cut is known to be right:
+        where the ids around it are the same without it."""
+        if not self.is_local:
+            return None
         ends = [found.end() for found in _WORD_END.finditer(text, max(0, len(text) - _SEARCHED), len(text) - _AROUND)]
         for at in reversed(ends[-_TRIED:]):
             before, after = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
@@ -188,4 +185,6 @@ def spliced(ids: np.ndarray, lengths: np.ndarray, others: dict[int, np.ndarray])
 def joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Ids of several texts as `Tokenizer.encode_arrays` gives them."""
     lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+    if len(arrays) == 1:
+        return arrays[0], lengths  # which may be most of the memory
     return np.concatenate(arrays) if len(arrays) else np.empty(0, dtype=np.int64), lengths

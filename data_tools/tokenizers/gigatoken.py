@@ -24,7 +24,7 @@ from data_tools.tokenizers.base import Tokenizer, spliced
 Encode = Callable[[list[str]], list[list[int]]]
 _SAMPLE = 512  # characters of a batch's middle text: 0.2 ms of `tokenizers` beside the 10 ms of a batch
 _GROWTH = 192 << 20  # bytes of words kept: 1.5 GB of varied text, or 24 MB of words that never come again
-_NEAR = 1 << 12  # characters that the exact library reads around one that gigatoken knows and it does not
+_NEAR = 1 << 10  # characters that the exact library reads around one that gigatoken knows and it does not; no less than `_cut` searches
 _LEAST_TEXT = 1 << 24  # characters between two of them, as building takes as long as these (0.15 s)
 _HARD = [
     "To be, or not to be: it's 1234567 o'clock, they'll say'S 'LL",
@@ -145,10 +145,25 @@ class GigatokenBatches(Tokenizer):
 
     def _around_new(self, text: str) -> np.ndarray:
         """The ids of a text that has a character of `has_new`: by the exact library where it is near."""
-        pieces = list(self.pieces([text], _NEAR))
+        pieces = self._cut_around_new(text)
         odd = {number: np.array(self.encode(piece), np.uint32) for number, (piece, _) in enumerate(pieces) if has_new(piece)}
         ids, lengths = spliced(*self._fast.encode_arrays(["" if number in odd else piece for number, (piece, _) in enumerate(pieces)]), odd)
         return np.concatenate([one[left_out:] for one, (_, left_out) in zip(np.split(ids, np.cumsum(lengths)[:-1]), pieces, strict=True)])
+
+    def _cut_around_new(self, text: str) -> list[tuple[str, int]]:
+        """The text in pieces, and how many ids to leave out at the start of each: those with such characters are small."""
+        pieces, at, left_out = [], 0, 0
+        while found := _NEW_ANYWHERE.search(text, at):
+            before = found.start()  # all that has none; then until a cut is found behind it
+            for end in (before, *range(found.end() + _NEAR, len(text), _NEAR)):
+                if cut := self._cut(text[at:end]):
+                    pieces.append((text[at : at + cut[0]], left_out))
+                    at, left_out = at + cut[0] + cut[1], cut[2]
+                    if end > before:
+                        break
+            else:
+                break
+        return [*pieces, (text[at:], left_out)]
 
     @cached_property
     def _fast(self) -> Gigatoken | None:

@@ -20,7 +20,7 @@ TEXT = st.lists(st.sampled_from([*HARD_TEXTS[:6], '"', "\\", "\\n", "😀", "今
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     """Everything is long."""
-    for place, name in ((long_lines, "_PIECE"), (long_lines, "_KEPT"), (encode, "_BATCH_BYTES"), (encode, "LONG"), (base, "LONG")):
+    for place, name in ((long_lines, "_PIECE"), (long_lines, "_KEPT"), (encode, "_BATCH_BYTES"), (encode, "_LONG_LINE"), (encode, "LONG"), (base, "LONG")):
         monkeypatch.setattr(place, name, 20)
 
 

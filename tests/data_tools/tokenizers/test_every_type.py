@@ -74,17 +74,16 @@ SIGNS = st.lists(st.sampled_from(["a", "x1", "the", '"),', "=", "=" * 70, ");", 
 @FAST
 @given(signs=SIGNS)
 def test_a_long_text_of_signs_in_pieces(tokenizer, signs):
-    text = "".join(signs)
-    assert sum((tokenizer.encode(piece)[out:] for piece, out in tokenizer.pieces([text], 100)), []) == tokenizer.encode(text)
-
-
-def test_a_table_is_cut_behind_the_signs_that_end_its_lines(tokenizer):
-    table = '    (0x41, "M", "a"),\n' * 40
-    assert len(list(tokenizer.pieces([table], 200))) > 1 or tokenizer.type == "SentencePieceTokenizer" or "tiktoken" in str(tokenizer.files).lower()
+    before, base.LONG = base.LONG, 100
+    try:
+        assert sum(pieces(tokenizer, "".join(signs), 100), []) == tokenizer.encode("".join(signs))
+    finally:
+        base.LONG = before
 
 
 def test_around_characters_that_one_library_does_not_know(tokenizer, monkeypatch):
     monkeypatch.setattr(gigatoken, "_NEAR", 200)
+    monkeypatch.setattr(base, "_SEARCHED", 200)
     lines = [f'    (0x{i:x}, "{chr(i)}"),\n' for i in range(0x80, 0x200)]
     lines[7::40] = [f"  {chr(i)}{chr(0x323B0 + i)}'ll, the cat sat\n" for i in range(len(lines[7::40]))]
     text = "".join(lines)
