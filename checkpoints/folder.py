@@ -13,6 +13,7 @@ the tracker, or sees a folder without `.part`, sees a whole checkpoint.
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,26 +117,19 @@ def newest_checkpoint(path: Path) -> Path:
             return path
         raise CheckpointError(f"there is no checkpoint {path}")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    tracker, there = folder / TRACKER, ", ".join(path.name for path in whole_checkpoints(folder))
+    tracker, whole = folder / TRACKER, whole_checkpoints(folder)
+    there = ", ".join(path.name for path in whole)
+    fix = f"to go on from step {iteration_of(whole[-1])}: echo {iteration_of(whole[-1])} > {shlex.quote(str(tracker))}" if whole else ""
     if not tracker.is_file():
         without = f"nothing says which checkpoint is the newest in {folder}" if there else f"there is no whole checkpoint in {path}"
         lacks = f"it holds no {TRACKER}" if folder.is_dir() else "it is a file" if folder.exists() else "there is no such folder"
-        raise CheckpointError(
-            f"{without}: {lacks}" + (f" (there: {there})" if there else ""),
-            f"write the number of one of these into {folder / TRACKER}, or give its folder" if there else "",
-        )
+        raise CheckpointError(f"{without}: {lacks}" + (f" (there: {there})" if there else ""), fix)
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if word != RELEASE and not word.isdecimal():
-        raise CheckpointError(
-            f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}",
-            "write the number of a checkpoint that is there into it, or give its folder",
-        )
+        raise CheckpointError(f"{tracker} should hold the number of an iteration, and holds {word[:40]!r}", fix)
     checkpoint = folder / (RELEASE if word == RELEASE else name_of(int(word)))
     if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"{tracker} names {checkpoint.name}, which is not there (there: {there or 'none'})",
-            "write the number of a checkpoint that is there into it, or give its folder",
-        )
+        raise CheckpointError(f"{tracker} names {checkpoint.name}, which is not there (there: {there or 'none'})", fix)
     return checkpoint
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # it imports torch
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout")
 # What a Hugging Face folder's files make, the first that is there; Yuan's ids are SentencePiece's alone.
+_YUANS: tuple[tuple[str, dict[str, str]], ...] = (("YuanTokenizer", {"tokenizer_model": "tokenizer.model"}),)
 _TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("HuggingFaceTokenizer", {"tokenizer_model": "tokenizer.json"}),
     ("SentencePieceTokenizer", {"tokenizer_model": "tokenizer.model"}),
@@ -159,11 +160,12 @@ def same_tokenizer(mine: Tokenizer, theirs: Tokenizer, beside: Sequence[Path]) -
 
 def _named(companions: Sequence[Path], model: Model, folder: Path) -> Tokenizer:
     there = {path.name: str(path) for path in companions}
-    kinds = (("YuanTokenizer", {"tokenizer_model": "tokenizer.model"}),) if model.family == "yuan2" else _TOKENIZERS
+    kinds = _YUANS if model.family == "yuan2" else _TOKENIZERS
     for kind, names in kinds:
         if all(name in there for name in names.values()):
             return Tokenizer(type=kind, **{key: there[name] for key, name in names.items()})  # type: ignore[arg-type]
-    return Tokenizer(type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer.json"))
+    kind, names = kinds[0]
+    return Tokenizer(type=kind, **{key: str(folder / name) for key, name in names.items()})  # type: ignore[arg-type]
 
 
 def recipe_for(loaded: Loaded, source: Source, base: Recipe | None, tokenizer: Tokenizer, precision: str, padded: int) -> Recipe:

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from checkpoints.folder import TRACKER, CheckpointError, has_checkpoints, iteration_of, newest_checkpoint, whole_checkpoints
+from checkpoints.folder import TRACKER, CheckpointError, has_checkpoints, iteration_of, newest_checkpoint
 from data_tools.errors import TokenizerError
 from launcher.errors import UserError, raise_all
 from launcher.recipe.frozen import read_frozen, write_frozen
@@ -71,12 +71,9 @@ class RunFolder:
         try:
             return newest_checkpoint(self.checkpoints)
         except CheckpointError as error:
-            tracker, whole = self.checkpoints / TRACKER, whole_checkpoints(self.checkpoints)
-            if whole:
-                fix = f"to go on from step {iteration_of(whole[-1])}: echo {iteration_of(whole[-1])} > {shlex.quote(str(tracker))}"
-            else:
-                fix = f"bring the checkpoint back, or start anew: rm {shlex.quote(str(tracker))}, or run.name=NAME"
-            raise UserError(str(error), str(tracker), fix) from error
+            tracker = self.checkpoints / TRACKER
+            anew = f"bring the checkpoint back, or start anew: rm {shlex.quote(str(tracker))}, or run.name=NAME"
+            raise UserError(str(error), str(tracker), error.fix or anew) from error
 
     def latest_iteration(self) -> int | None:
         """The step of `newest_checkpoint`, with its errors; None where nothing was saved yet."""

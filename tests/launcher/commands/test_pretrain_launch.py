@@ -148,5 +148,5 @@ def test_a_run_whose_tracker_is_gone_is_not_started_anew(home):
     (home / "runs" / "completes" / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
     commands = (home / "runs" / "completes" / "command.txt").read_text()
     code, _, err = yuan(home, "pretrain", "recipe=tiny", "run.name=completes")
-    assert code == 2 and "write the number of one of these into runs/completes/checkpoints/latest_checkpointed_iteration.txt" in err and "Traceback" not in err
+    assert code == 2 and "echo 2 > runs/completes/checkpoints/latest_checkpointed_iteration.txt" in err and "Traceback" not in err
     assert (home / "runs" / "completes" / "command.txt").read_text() == commands
