@@ -11,8 +11,9 @@ import typer
 from launcher.commands.pretrain import train, warn
 from launcher.commands.rows import describe, prepare_rows
 from launcher.errors import UserError
-from launcher.recipe import Loaded, finetuning, load
+from launcher.recipe import Loaded, check_schedule, finetuning, load
 from launcher.recipe.check import ensure
+from launcher.recipe.problem import Case
 from launcher.recipe.schema import Recipe
 
 
@@ -53,7 +54,10 @@ def _settle(loaded: Loaded) -> None:
             raise UserError("no row has an answer that begins within a sample", f"data.{name}={getattr(recipe.data, name)}", fix)
     for line in describe(recipe, samples):
         typer.echo(line, err=True)
-    finetuning.settle_length(recipe, loaded.sources, len(samples["train"]))
+    if recipe.training.epochs is not None:
+        typer.echo(finetuning.epoch(recipe, len(samples["train"])), err=True)
+        finetuning.settle_length(recipe, loaded.sources, len(samples["train"]))
+        warn(list(check_schedule.first_step(Case(recipe, loaded.sources))))
 
 
 def _wait(recipe: Recipe, path: Path) -> None:

@@ -43,6 +43,7 @@ _TRAINING: tuple[Check, ...] = (
     check_slurm.slurm,
     check_schedule.units,
     check_schedule.learning_rate,
+    check_schedule.first_step,
     check_schedule.weight_decay,
     check_schedule.rampup,
     check_data.tokenizer,

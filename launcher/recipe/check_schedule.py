@@ -163,6 +163,14 @@ def _unreached(case: Case, warmup: float, decay: float) -> Iterator[Problem]:
     yield Problem(what, case.at(key), f"{key}=null makes the decay as long as the training", "warning")
 
 
+def first_step(case: Case) -> Iterator[Problem]:
+    """Megatron's warm-up begins with a step at `lr_warmup_init`, however short it is: with one step that is all."""
+    warmups = [key for key in WARMUPS if case.value(key)]
+    if case.recipe.derived.train_iters == 1 and warmups and not case.recipe.optimizer.lr_warmup_init:
+        what = "the only step is the first of a warm-up, at a learning rate of 0: it changes no weight"
+        yield Problem(what, case.at(*warmups), f"{_left_out(warmups[0])}, or more steps", "warning")
+
+
 def weight_decay(case: Case) -> Iterator[Problem]:
     """A constant weight decay has no first and last value; a growing one has both."""
     o = case.recipe.optimizer

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.console import plural
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -76,10 +77,17 @@ def steps_of_epoch(recipe: Recipe, samples: int) -> int:
     return -(-samples // recipe.training.global_batch_size)
 
 
+def epoch(recipe: Recipe, samples: int) -> str:
+    """A line for the user: the steps of an epoch, and how full the last one is."""
+    steps, batch = steps_of_epoch(recipe, samples), recipe.training.global_batch_size
+    last = samples - (steps - 1) * batch
+    filled = f", the last with {plural(last, 'sample')} and {batch - last} without loss that fill it up" if last < batch else ""
+    return f"epoch      {plural(steps, 'step')} of {plural(batch, 'sample')}{filled}"
+
+
 def settle_length(recipe: Recipe, sources: dict[str, str], samples: int) -> None:
     """Turn training.epochs into steps, now that the number of `samples` is known."""
     training = recipe.training
-    if training.epochs is not None:
-        recipe.derived.train_iters = training.epochs * steps_of_epoch(recipe, samples)
-        training.train_samples = recipe.derived.train_samples = recipe.derived.train_iters * training.global_batch_size
-        sources |= dict.fromkeys(("training.train_samples", "derived.train_samples", "derived.train_iters"), "derived")
+    recipe.derived.train_iters = training.epochs * steps_of_epoch(recipe, samples)
+    training.train_samples = recipe.derived.train_samples = recipe.derived.train_iters * training.global_batch_size
+    sources |= dict.fromkeys(("training.train_samples", "derived.train_samples", "derived.train_iters"), "derived")

@@ -48,8 +48,15 @@ def test_what_it_says(story):
     assert "prepared   train.jsonl: 25 rows" in printed and "prepared   valid.json: 5 rows" in printed
     train = next(line for line in printed.splitlines() if line.startswith("train "))
     assert train.startswith("train      25 rows in 3 samples of 64, ") and "supervised tokens" in train
-    assert "40 epochs, 80 steps" in printed  # of 3 samples each, and one that fills the last batch
+    assert "epoch      2 steps of 2 samples, the last with 1 sample and 1 without loss that fill it up\n" in printed
+    assert "40 epochs, 80 steps" in printed
     assert "early stop" not in printed and "the best so far" in printed
+
+
+def test_an_epoch_of_one_step_within_the_warm_up_trains_nothing(story):
+    words = ["training.epochs=1", "training.global_batch_size=4", "optimizer.lr_warmup_fraction=0.1", "run.name=once", "--dry-run"]
+    printed = yuan(story[0], "sft", "recipe=tuned.yaml", *words).stderr
+    assert "warning: the only step is the first of a warm-up, at a learning rate of 0: it changes no weight" in printed
 
 
 def test_its_validation_loss_falls_and_the_best_is_kept(story):

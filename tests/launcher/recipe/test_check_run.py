@@ -239,6 +239,7 @@ def test_a_checkpoint_of_another_tokenizer_is_told(problems, workspace):
     [
         (["optimizer.lr_warmup_tokens=100"], "a warm-up of 0 steps is none"),
         (["optimizer.lr_warmup_fraction=0.001"], "a warm-up of 0.1 steps is none"),
+        (["training.train_iters=1", "optimizer.lr_warmup_fraction=0.5"], "the only step is the first of a warm-up, at a learning rate of 0"),
         (["optimizer.lr_decay_iters=400000"], "100 of 400000 steps of decay"),
         (["parallel.sequence_parallel=true"], "sequence parallelism shares the sequence over tensor-parallel ranks, and there is one"),
         (["parallel.recompute_method=block"], "parallel.recompute_method says nothing with no recomputation"),
