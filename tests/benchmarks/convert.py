@@ -30,12 +30,13 @@ STAGES, RANKS, VOCABULARY = 32, 8, 135_040
 
 
 def model_of(gigabytes: float) -> Model:
-    """A Yuan 2.0 of 34 layers, uneven over 32 stages, of about so many bytes in bf16: 18 h² a layer, and the embedding."""
+    """A Yuan 2.0 of 34 layers, uneven over 32 stages, of about so many bytes in bf16: 18 h² a layer, and the embedding on the
+    first and the last stage."""
     layers, hidden = STAGES + 2, 512
-    while 2 * (layers * 18 * hidden**2 + VOCABULARY * hidden) < gigabytes * 1e9:
-        hidden += 512
+    while 2 * (layers * 18 * hidden**2 + 2 * VOCABULARY * hidden) < gigabytes * 1e9:
+        hidden += 64
     return Model(
-        "yuan2", layers, hidden, 4 * hidden, hidden // 64, hidden // 64, 64, 4096, VOCABULARY, position_embedding_type="rope",
+        "yuan2", layers, hidden, 4 * hidden, 16, 16, hidden // 16, 4096, VOCABULARY, position_embedding_type="rope",
         normalization="RMSNorm", norm_epsilon=1e-6, swiglu=True, add_bias_linear=False, attention_dropout=0.0, hidden_dropout=0.0,
     )  # fmt: skip
 
