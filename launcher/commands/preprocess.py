@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,7 @@ from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
 from launcher.recipe.check_data import parse_shard
 from launcher.recipe.finetuning import settle_rows
+from launcher.recipe.keys import yaml_scalar
 from launcher.recipe.problem import typed
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -102,9 +104,9 @@ def preprocess(
             typer.echo(f"note: {flag} {value} has no effect here (Megatron-LM dropped it, or the progress line replaces it)", err=True)
     loaded = load(pairs, options, default="preprocess")
     if loaded.recipe.data.train is not None and not typed(loaded.sources["preprocess.input"]):
-        _prepare_rows(loaded)
+        _prepare_rows(loaded, pairs)
     else:
-        _run(loaded)
+        _run(loaded, pairs)
 
 
 def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple[list[str], list[str] | None]:
@@ -115,15 +117,16 @@ def _bare_words_are_keys(words: list[str], json_keys: list[str] | None) -> tuple
     return [word for word in words if "=" in word], keys + [word for word in words if "=" not in word]
 
 
-def _prepare_rows(loaded: Loaded) -> None:
+def _prepare_rows(loaded: Loaded, words: list[str]) -> None:
     """The rows of a recipe for fine-tuning, which its training then finds."""
     ensure(loaded, "rows")
     prepare_rows(loaded)
     typer.echo("\n".join(describe(loaded.recipe, settle_rows(loaded.recipe, loaded.sources))))
-    typer.echo(f"next       yuan sft recipe={loaded.name}")
+    by_option = [_word(key, attrgetter(key)(loaded.recipe)) for key, source in loaded.sources.items() if source.startswith("--")]
+    typer.echo(f"next       yuan sft {shlex.join([*words, *by_option])}")
 
 
-def _run(loaded: Loaded) -> None:
+def _run(loaded: Loaded, words: list[str]) -> None:
     from data_tools.indexed import bin_path, idx_path
     from data_tools.preprocess import dataset_prefix, preprocess, shares, sharded_prefix
     from data_tools.sources import find_sources, passed_over
@@ -169,10 +172,10 @@ def _run(loaded: Loaded) -> None:
         raise typer.Exit(STOPPED) from None
     except OSError as error:
         raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
-    _report(loaded, prefixes, list(counts.values()), time.monotonic() - started)
+    _report(loaded, words, prefixes, list(counts.values()), time.monotonic() - started)
 
 
-def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: float) -> None:
+def _report(loaded: Loaded, words: list[str], prefixes: list[str], counts: list[Counts], seconds: float) -> None:
     tokens, read = sum(count.tokens for count in counts), counts[0].bytes
     typer.echo(
         f"done       {plural(counts[0].documents, 'document')}, {tokens:,} tokens, {human_size(read)} in {seconds:.1f} s"
@@ -182,7 +185,7 @@ def _report(loaded: Loaded, prefixes: list[str], counts: list[Counts], seconds: 
     for prefix, count in zip(prefixes, counts, strict=True):
         typer.echo(f"           {prefix}.bin and .idx: {count.tokens:,} tokens, largest id {count.largest_id}")
     _index(loaded, prefixes)
-    typer.echo(f"next       {_next_command(loaded, prefixes[0])}")
+    typer.echo(f"next       {_next_command(loaded, words, prefixes[0])}")
 
 
 def _index(loaded: Loaded, prefixes: list[str]) -> None:
@@ -208,13 +211,22 @@ def _report_left_out(prefix: str, count: Counts) -> None:
             typer.echo(f"           {line}")
 
 
-def _next_command(loaded: Loaded, prefix: str) -> str:
-    recipe = loaded.name if loaded.recipe.model.num_layers else _TRAINING_RECIPE
-    words = [f"recipe={recipe}", f"data.data_path={prefix}"]
-    for key in typed_keys(loaded):
-        value = getattr(loaded.recipe.tokenizer, key)
-        words.append(f"tokenizer.{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return "yuan pretrain " + shlex.join(words)
+def _next_command(loaded: Loaded, words: list[str], prefix: str) -> str:
+    """What to type with the pair just made, by a recipe that was named in `words`."""
+    from data_tools.preprocess import dataset_prefix
+
+    asked = loaded.recipe.preprocess
+    if (number := parse_shard(asked.shard)[1]) > 1:
+        shares, whole = (dataset_prefix(f"{asked.output_prefix}{which}", asked.json_keys[0]) for which in (f"_*-of-{number:05d}", ""))
+        return f"the other shares, then: yuan data merge {shlex.quote(f'{shares}.idx')} --output {shlex.quote(whole)}"
+    named = next((word for word in reversed(words) if word.startswith("recipe=")), f"recipe={loaded.name}")
+    training = [named if loaded.recipe.model.num_layers else f"recipe={_TRAINING_RECIPE}", f"data.data_path={prefix}"]
+    training += [_word(f"tokenizer.{key}", getattr(loaded.recipe.tokenizer, key)) for key in typed_keys(loaded)]
+    return "yuan pretrain " + shlex.join(training)
+
+
+def _word(key: str, value: object) -> str:
+    return f"{key}={yaml_scalar(value)}"
 
 
 class Meter:

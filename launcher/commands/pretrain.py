@@ -105,7 +105,7 @@ def plan(recipe: Recipe) -> str:
     layout = f"{derived.world_size} x {derived.device}: TP {parallel.tensor_model_parallel_size}"
     layout += f", PP {parallel.pipeline_model_parallel_size}, DP {derived.data_parallel_size}"
     steps = f"{derived.train_iters:,} steps, " if derived.train_iters else ""
-    steps = f"{training.epochs} epochs, {steps}" if training.epochs else steps
+    steps = f"{plural(training.epochs, 'epoch')}, {steps}" if training.epochs else steps
     batch = f"{training.global_batch_size} samples of {training.seq_length} tokens"
     batch += f" ({plural(derived.num_microbatches, 'micro-batch')} of {training.micro_batch_size} per rank)"
     index = described(recipe)

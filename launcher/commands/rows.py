@@ -9,6 +9,7 @@ import typer
 
 from launcher.console import plural
 from launcher.errors import UserError
+from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded, finetuning
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import tokenizer_of
@@ -34,6 +35,9 @@ def prepare_rows(loaded: Loaded) -> None:
         try:
             with Meter(path.stat().st_size) as meter:
                 count = prepare(path, prefix, tokenizer, finetuning.form(recipe), asked.workers or 1, asked.max_bad, meter.show)
+        except KeyboardInterrupt:
+            typer.echo(f"stopped    what is prepared is kept in {prefix.parent}; the same command goes on", err=True)
+            raise typer.Exit(STOPPED) from None
         except OSError as error:
             raise UserError(f"cannot read or write: {error}", str(prefix.parent), "see to the space and the rights there") from None
         left = f", {plural(count.bad, 'bad row')} left out" if count.bad else ""
@@ -48,13 +52,14 @@ def describe(recipe: Recipe, sets: dict[str, Packed]) -> list[str]:
     """
     lines = []
     for name, samples in sets.items():
-        where = getattr(recipe.derived, f"{name}_rows")[0]
+        where, *more = getattr(recipe.derived, f"{name}_rows")
         if samples.rows.left_out > recipe.preprocess.max_bad:
             what = f"{plural(samples.rows.left_out, 'bad row')} of data.{name} were left out when the others were prepared"
             raise UserError(what, f"{where}_sft_document.json", f"mend them, or allow as many: preprocess.max_bad={samples.rows.left_out}")
         lines.append(
             f"{name}      {plural(len(samples.rows), 'row')} in {plural(len(samples), 'sample')} of {samples.seq_length}, "
-            f"{samples.efficiency:.1%} filled, {samples.supervised:,} supervised tokens ({where}_sft_document)"
+            f"{samples.efficiency:.1%} filled, {samples.supervised:,} supervised tokens ({where}_sft_document"
+            f"{f' and {len(more)} more' if more else ''})"
         )
         if samples.rows.left_out:
             lines.append(f"           left out, bad: {plural(samples.rows.left_out, 'row')}; the first are in {where}_sft_document.json")

@@ -78,6 +78,31 @@ def test_null_tokenizer_and_what_to_type_next(yuan, defaults, tmp_path):
     assert "yuan pretrain recipe=345m_4dp data.data_path=data/my-gpt2_text_document tokenizer.type=NullTokenizer tokenizer.vocab_size=70001\n" in out
 
 
+def test_after_a_share_comes_the_merge_and_what_it_says_works(yuan, defaults):
+    for share in "0/2", "1/2":
+        code, out, err = yuan(f"preprocess --workers 1 --shard {share}")
+        assert code == 0, err
+    command = out.splitlines()[-1].partition("next       the other shares, then: yuan ")[2]
+    assert yuan(command)[0] == 0 and IndexedReader("data/my-gpt2_text_document").documents == 2
+
+
+def test_rows_stopped_by_ctrl_c_go_on_and_what_comes_next_has_all_words(yuan, defaults, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1+1", "completion": "2"}])
+    line = "preprocess recipe=345m_1dp data.data_path=null data.train=rows.jsonl tokenizer.chat_template=plain --format jsonl"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.sft.prepare", stopped)
+        code, out, err = yuan(line)
+    assert (code, out, err) == (3, "", "stopped    what is prepared is kept in cache; the same command goes on\n")
+    code, out, err = yuan(line)
+    assert code == 0 and out.splitlines()[-1] == (
+        "next       yuan sft recipe=345m_1dp data.data_path=null data.train=rows.jsonl tokenizer.chat_template=plain preprocess.format=jsonl"
+    ), err
+
+
 def test_everything_missing_is_named_at_once(yuan, tmp_path):
     code, out, err = yuan("preprocess")
     assert code == 2 and out == "" and not list(tmp_path.iterdir())
