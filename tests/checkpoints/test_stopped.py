@@ -5,7 +5,6 @@ import errno
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -38,21 +37,6 @@ KINDS = {
     "hf": Wanted("hf"), "torch": Wanted("torch", tensor=2, pipeline=2), "torch_dist": Wanted("torch_dist"),
     "mindspore": Wanted("mindspore", tensor=2, fused_layout="concat"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def apart():
-    """Runs a function in a process of its own, and gives its exit code; a new process takes 10 ms."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-
-    def run(function, *arguments) -> int:
-        process = context.Process(target=function, args=arguments)
-        process.start()
-        process.join()
-        return process.exitcode
-
-    return run
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ run that nobody disturbed. Also a full disk, and two runs at once."""
 
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -22,21 +21,6 @@ from tests.data_tools.samples import write_jsonl
 NULL = build_tokenizer("NullTokenizer", vocab_size=100)
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 OPTIONS = {"json_keys": ["text", "title"], "append_eod": True, "part_bytes": 500}
-
-
-@pytest.fixture(scope="module")
-def apart():
-    """Runs a function in a process of its own, and gives its exit code; a new process takes 10 ms."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-
-    def run(function, *arguments) -> int:
-        process = context.Process(target=function, args=arguments)
-        process.start()
-        process.join()
-        return process.exitcode
-
-    return run
 
 
 def _killed_at(moment: int, folder: Path) -> None:

@@ -7,6 +7,15 @@ import pytest
 
 from data_tools.indexed import IndexedWriter
 
+BASE = """
+model: {num_layers: 8, hidden_size: 96, num_attention_heads: 4}
+training: {seq_length: 16, micro_batch_size: 2, global_batch_size: 8, train_iters: 100}
+optimizer: {lr: 1.0e-3}
+tokenizer: {type: NullTokenizer, vocab_size: 50}
+data: {data_path: data_text_document, split: '8,1,1'}
+launch: {device: cpu}
+"""
+
 
 @pytest.fixture(autouse=True)
 def workspace(tmp_path, monkeypatch) -> Path:

@@ -14,15 +14,8 @@ from launcher.recipe.check import CHECKS, check
 from launcher.recipe.keys import table
 from launcher.recipe.resolve import resolve
 from launcher.recipe.schema import Recipe
+from tests.launcher.recipe.conftest import BASE
 
-BASE = """
-model: {num_layers: 8, hidden_size: 96, num_attention_heads: 4}
-training: {seq_length: 16, micro_batch_size: 2, global_batch_size: 8, train_iters: 100}
-optimizer: {lr: 1.0e-3}
-tokenizer: {type: NullTokenizer, vocab_size: 50}
-data: {data_path: data_text_document, split: '8,1,1'}
-launch: {device: cpu}
-"""
 VALUE = re.compile(r"(?P<key>[a-z]+\.\w+)=(?P<values>(\[.*\]|[^\s,]+)( or (?!less|more)[^\s,]+(?=$|\s))*)")
 PLACEHOLDER = re.compile("…|[A-Z]{4}|'")
 TP4 = "launch.nproc_per_node=4 parallel.tensor_model_parallel_size=4 "

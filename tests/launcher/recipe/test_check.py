@@ -12,15 +12,8 @@ from launcher.errors import UserError
 from launcher.recipe import device, load
 from launcher.recipe.check import check, ensure
 from launcher.recipe.problem import Problem
+from tests.launcher.recipe.conftest import BASE
 
-BASE = """
-model: {num_layers: 8, hidden_size: 96, num_attention_heads: 4}
-training: {seq_length: 16, micro_batch_size: 2, global_batch_size: 8, train_iters: 100}
-optimizer: {lr: 1.0e-3}
-tokenizer: {type: NullTokenizer, vocab_size: 50}
-data: {data_path: data_text_document, split: '8,1,1'}
-launch: {device: cpu}
-"""
 FOUR = ("launch.nproc_per_node=4",)
 BY_SAMPLES = ("training.train_samples=800",)
 INTERLEAVED = (

@@ -10,7 +10,7 @@ from checkpoints.adapters import note_of, write_note
 from launcher.recipe import load
 from launcher.recipe.check import check
 from launcher.recipe.frozen import write_frozen
-from tests.launcher.recipe.test_check import BASE
+from tests.launcher.recipe.conftest import BASE
 
 LARGE = ["model.num_layers=48", "model.hidden_size=2048"]  # 2.4 billion numbers: the message tells tenths of GB
 

@@ -15,16 +15,9 @@ from launcher.recipe.check_run import checkpoint_bytes, going_on
 from launcher.recipe.frozen import write_frozen
 from launcher.run.folder import Lock, open_run
 from tests.data_tools.samples import small_gpt2
+from tests.launcher.recipe import conftest
 
-BASE = """
-model: {num_layers: 8, hidden_size: 96, num_attention_heads: 4}
-training: {seq_length: 16, micro_batch_size: 2, global_batch_size: 8, train_iters: 100}
-optimizer: {lr: 1.0e-3}
-tokenizer: {type: NullTokenizer, vocab_size: 50}
-data: {data_path: data_text_document, split: '8,1,1'}
-checkpoint: {save_interval: 10}
-launch: {device: cpu}
-"""
+BASE = f"{conftest.BASE}checkpoint: {{save_interval: 10}}\n"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from launcher.recipe.inference import inference_recipe
 from launcher.recipe.frozen import write_frozen
 from launcher.recipe.size import flops_per_token, parameters, trained_parameters
 from launcher.run.changes import refusals
-from tests.launcher.recipe.test_check import BASE
+from tests.launcher.recipe.conftest import BASE
 
 LLAMA = "tokenizer.type=NullTokenizer tokenizer.vocab_size=31999 tokenizer.tokenizer_model=null launch.gpu_memory_gib=80".split()
 
