@@ -25,6 +25,7 @@ from launcher.recipe.schema import Generate, Recipe
 from launcher.run.folder import RunFolder
 from launcher.workers.generate import SUMMARY
 
+BROKEN_OFF = 130  # exit code: stopped, and the same command does not go on from there
 WORKER = Path(launcher.workers.__file__).with_name("generate.py")
 _INPUT_HELP = "JSONL with query (or prompt, text, or instruction and input) on each line."
 _GREEDY_HELP = "Always the likeliest token; so it is too where no option of sampling is given."
@@ -54,7 +55,8 @@ def generate(
     """Answer every line of a JSONL file with a trained model.
 
     The model, its tokenizer and its layout come from the checkpoint. A bad line gets an error in its place and the
-    others are answered; the exit code is 0 then, and 1 where no line could be answered.
+    others are answered; the exit code is 0 then, and 1 where no line could be answered. Stopped by Ctrl-C, it keeps the
+    answers that it has in output.stopped.txt; the exit code is 130.
 
     \b
     Examples:
@@ -129,18 +131,25 @@ def _run(recipe: Recipe) -> int:
         summary, died = folder.path / SUMMARY, code not in (0, STOPPED)
         if died or recipe.launch.node_rank > 0:
             return code
-        if not summary.is_file():
-            return 1  # stopped before the model was there
+        if not summary.is_file():  # stopped before the model was there
+            return _nothing_yet()
         return _report(json.loads(summary.read_text(encoding="utf-8")))
     finally:
         if not died:
             shutil.rmtree(folder.path, ignore_errors=True)
 
 
+def _nothing_yet() -> int:
+    typer.echo("stopped    nothing was answered yet, and nothing is written; the same command begins anew", err=True)
+    return BROKEN_OFF
+
+
 def _report(summary: dict) -> int:
     """Say what was done. Returns the exit code."""
     from launcher.engine.generate.records import escape
 
+    if summary["stopped"] and not summary["answered"]:
+        return _nothing_yet()
     if summary["sample"]:
         question, answer = (escape(text) for text in summary["sample"])
         typer.echo(f"question   {_shorten(question)}\nanswer     {_shorten(answer)}", err=True)
@@ -153,7 +162,10 @@ def _report(summary: dict) -> int:
         for number, error in summary["first_bad"]:
             typer.echo(f"    line {number}: {_shorten(escape(error))}", err=True)
     typer.echo(f"output     {summary['output']}", err=True)
-    return 1 if summary["stopped"] or (summary["bad"] and not summary["answered"]) else 0
+    if summary["stopped"]:
+        typer.echo("stopped    the output tells which lines were not reached; the same command begins anew", err=True)
+        return BROKEN_OFF
+    return 1 if summary["bad"] and not summary["answered"] else 0
 
 
 def _shorten(text: str, limit: int = 200) -> str:

@@ -45,11 +45,12 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
         if live:
             live.close()
         fill(lines, answers, tokenizer)
-        output = Path(recipe.generate.output)
-        if len(answers) < len(prompts):  # stopped: what there is does not replace an earlier, whole output
+        output, stopped = Path(recipe.generate.output), len(answers) < len(prompts)
+        if stopped:  # what there is does not replace an earlier, whole output
             output = output.with_name(f"{output.stem}.stopped{output.suffix}")
-        write_lines(lines, output)
-        _summarise(folder.path / SUMMARY, lines, output, len(answers) < len(prompts), time.monotonic() - started)
+        if answers or not stopped:
+            write_lines(lines, output)
+        _summarise(folder.path / SUMMARY, lines, output, stopped, time.monotonic() - started)
     finish()
 
 
@@ -105,8 +106,10 @@ class Live:
 
 
 def _summarise(path: Path, lines: list, output: Path, stopped: bool, seconds: float) -> None:
+    from launcher.engine.generate.answer import NOT_REACHED
+
     answered = [line for line in lines if line.prompt is not None and line.error is None]
-    bad = [line for line in lines if line.error is not None]
+    bad = [line for line in lines if line.error not in (None, NOT_REACHED)]
     summary = {
         "output": str(output),
         "stopped": stopped,

@@ -17,6 +17,8 @@ from launcher.engine.generate.sampling import Sampler
 from launcher.recipe.schema import Recipe
 from launcher.recipe.tokenizer import template_of
 
+NOT_REACHED = "not answered: the job was stopped before"
+
 
 class Meter:
     """Counts this rank's answers and tokens, and tells `show(answered, tokens, seconds)` at every step."""
@@ -85,7 +87,7 @@ def fill(lines: list[Line], answers: list[Answer], tokenizer: Tokenizer) -> None
             line.fail(NO_NUMBERS)
     for line in lines:
         if line.prompt is not None and line.finish_reason is None:
-            line.fail("not answered: the job was stopped before")
+            line.fail(NOT_REACHED)
 
 
 def _share(prompts: list[Prompt], batch_size: int) -> Iterator[list[Prompt]]:
