@@ -18,6 +18,7 @@ from launcher.launch.failure import Failure, as_outcome, failures, report, repor
 from launcher.launch.machines import Alone, First, Other, meet
 from launcher.launch.outcome import Outcome
 from launcher.launch.processes import STOP_CODES, Exit, StopSignals, supervise
+from launcher.recipe.parts import ATTENTION_ENV
 from launcher.recipe.schema import Recipe
 from launcher.run.folder import RunFolder
 from launcher.workers.entry import PARENT_ENV
@@ -122,7 +123,7 @@ def commands(
 def environment(recipe: Recipe, local_rank: int, machines: Alone | First | Other) -> dict[str, str]:
     """A rank's environment: the user's, torchrun's variables, and what Megatron and the recipe ask for."""
     spec = recipe.launch
-    env = dict(os.environ)
+    env = {name: value for name, value in os.environ.items() if name not in ATTENTION_ENV}
     env |= {
         "RANK": str(local_ranks(recipe)[local_rank]),
         "LOCAL_RANK": str(local_rank),

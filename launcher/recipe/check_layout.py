@@ -11,7 +11,7 @@ from shutil import which
 from launcher.console import plural
 from launcher.recipe.device import gpu_count
 from launcher.recipe.endpoint import host_and_port, is_loopback
-from launcher.recipe.parts import transformer_engine_ruled_out
+from launcher.recipe.parts import ATTENTION_ENV, transformer_engine_ruled_out
 from launcher.recipe.problem import Case, Problem, nearest, nearest_divisors
 
 TP = "parallel.tensor_model_parallel_size"
@@ -120,6 +120,7 @@ def machines(case: Case) -> Iterator[Problem]:
         yield from _meeting(case)
     if launch.kind == "torchrun":  # a Slurm job gets no such variable of this shell's
         yield from _connections(case)
+        yield from _attention(case)
     if 0 < launch.nnodes <= launch.node_rank:
         yield Problem(
             f"machine number {launch.node_rank} of {launch.nnodes}: numbers start at 0",
@@ -134,6 +135,14 @@ def _connections(case: Case) -> Iterator[Problem]:
     if queues != "1" and case.recipe.derived.device == "cuda" and case.recipe.parallel.tensor_model_parallel_size > 1:
         what = f"CUDA_DEVICE_MAX_CONNECTIONS={queues} in the environment: tensor parallelism overlaps its communication at 1 alone"
         yield Problem(what, case.at(TP), "unset CUDA_DEVICE_MAX_CONNECTIONS; yuan sets it to 1", "warning")
+
+
+def _attention(case: Case) -> Iterator[Problem]:
+    """What scripts used to choose the attention by, and ranks do not get."""
+    for name in ATTENTION_ENV:
+        if (value := os.environ.get(name)) is not None:
+            fix = f"unset {name}, and choose by model.attention_backend=flash, fused or unfused"
+            yield Problem(f"{name}={value} in the environment is not heard", case.at("model.attention_backend"), fix, "warning")
 
 
 def _meeting(case: Case) -> Iterator[Problem]:

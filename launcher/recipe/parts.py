@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from launcher.recipe.schema import Recipe
 
+# By these Transformer Engine is told which attention to use; megatron-core sets them, and fails where they say otherwise.
+ATTENTION_ENV = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
 
 def transformer_engine_ruled_out(recipe: Recipe) -> list[str]:
     """The keys whose values do not go with Transformer Engine's layers, which are used on a GPU where there are none.

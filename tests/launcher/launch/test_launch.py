@@ -54,7 +54,8 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_success_keeps_the_terminal_clean_and_each_rank_its_log(tmp_path):
+def test_success_keeps_the_terminal_clean_and_each_rank_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
     code, err = run(tmp_path, "success")
     assert code == 0
     assert err == "shown to the user\n" * 2
@@ -66,6 +67,7 @@ def test_success_keeps_the_terminal_clean_and_each_rank_its_log(tmp_path):
         assert "printed by a child process" in log
         assert f"RANK={rank}\nLOCAL_RANK={rank}\nWORLD_SIZE=2\nMASTER_ADDR=127.0.0.1\nOMP_NUM_THREADS=1\n" in log
         assert "CUDA_VISIBLE_DEVICES=\nCUDA_DEVICE_MAX_CONNECTIONS=1\n" in log
+        assert "attention []" in log  # megatron-core would refuse what a user's shell says
         assert "path False" in log  # the script's folder does not shadow modules
     assert "ended: exit code 0" in (tmp_path / "logs" / "launcher.log").read_text()
 

@@ -29,6 +29,7 @@ def main(recipe, folder, stop):
 def success(folder, stop):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"):
         print(f"{name}={os.environ[name]}")
+    print(f"attention {[name for name in os.environ if name.startswith('NVTE_')]}")
     os.system("echo printed by a child process")
     print(f"path {os.path.dirname(os.path.realpath(__file__)) in map(os.path.realpath, sys.path)}")
     print("shown to the user", file=terminal())

@@ -272,6 +272,13 @@ def test_a_place_where_machines_cannot_meet(problems, endpoint, what, severity):
     assert problems("launch.kind=slurm", "launch.device=cpu", f"launch.rdzv_endpoint={endpoint}", "launch.nnodes=2") == []
 
 
+def test_an_attention_chosen_by_the_environment_is_not_heard(problems, monkeypatch):
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    (found,) = problems()
+    assert found.severity == "warning" and "NVTE_FUSED_ATTN=0 in the environment is not heard" in found.what
+    assert "model.attention_backend=flash" in found.fix
+
+
 def test_another_number_of_hardware_queues_is_told(problems, monkeypatch):
     words = ["launch.device=cuda", "launch.nproc_per_node=2", "parallel.tensor_model_parallel_size=2"]
 
