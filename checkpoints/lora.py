@@ -8,12 +8,12 @@ import torch
 
 from checkpoints.adapters import SUFFIX, Adapters
 from checkpoints.folder import CheckpointError
-from checkpoints.formats.base import Source
+from checkpoints.formats.base import Derived, Source
 from checkpoints.formats.torch_dist import Chunks, of_layer, read_index
 from checkpoints.models.tensor import Tensor
 
 
-class Merged(Source):
+class Merged(Derived):
     """A checkpoint's weights with the adapters of another one merged into them.
 
     Attributes:
@@ -29,8 +29,8 @@ class Merged(Source):
         """
         if base.model.quantize:
             raise CheckpointError(f"{folder}: adapters cannot be merged into weights in {base.model.quantize}", "--quantize int8 of what is merged")
-        vars(self).update(vars(base))
-        self._base, self.path, self.format, self.layout = base, folder, "torch_dist", ""
+        super().__init__(base)
+        self.path, self.format, self.layout = folder, "torch_dist", ""
         self.folders = [*base.folders, folder]
         own = (path for place in ("tokenizer", "hf") for path in sorted((folder / place).glob("*")) if path.is_file())
         self.companions = (*base.companions, *own)
@@ -58,11 +58,11 @@ class Merged(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         """That of the weights."""
-        return self._base.dtype(name)
+        return self._source.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor; where it has adapters the sum in fp32, which whoever takes it rounds once."""
-        whole = self._base.read(name)
+        whole = self._source.read(name)
         if name not in self._pairs:
             return whole
         a, b = (one.read().float() for one in self._pairs[name])

@@ -17,7 +17,7 @@ import torch
 
 from checkpoints.files.stored import NAMES
 from checkpoints.folder import CheckpointError
-from checkpoints.formats.base import Source
+from checkpoints.formats.base import Derived, Source
 from checkpoints.models.gpt import SCALE
 
 _BLOCK = 1 << 17  # numbers at a time: their fp32 copies stay in a core's cache; 64 times as many took 8 times as long
@@ -59,7 +59,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Quantized(Source):
+class Quantized(Derived):
     """A source whose layers' matrices are int8, each made when it is asked for.
 
     Attributes:
@@ -72,8 +72,8 @@ class Quantized(Source):
         """
         if source.model.quantize:
             raise CheckpointError(f"{source.path} has weights in {source.model.quantize} already", "leave out --quantize")
-        vars(self).update(vars(source))
-        self._source, self.model = source, replace(source.model, quantize="int8")
+        super().__init__(source)
+        self.model = replace(source.model, quantize="int8")
         self._scaled = {tensor.name.removesuffix(SCALE) + "weight" for tensor in self.tensors if tensor.within.endswith(SCALE)}
         self._scales: dict[str, torch.Tensor] = {}
         self.errors: dict[str, float] = {}
@@ -97,13 +97,13 @@ class Quantized(Source):
         return numbers
 
 
-class Dequantized(Source):
+class Dequantized(Derived):
     """A source of int8 weights as the numbers that they stand for, scale x q, rounded once."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None = None):
         """`dtype` is what they become; by default the type of the embedding, which is not quantized."""
-        vars(self).update(vars(source))
-        self._source, self.model = source, replace(source.model, quantize=None)
+        super().__init__(source)
+        self.model = replace(source.model, quantize=None)
         self._scaled = {tensor.name.removesuffix(SCALE) + "weight" for tensor in source.tensors if tensor.within.endswith(SCALE)}
         self._dtype = dtype or source.dtype(source.tensors[0].name)
 
