@@ -31,8 +31,8 @@ def hanging(head: str, text: str, width: int | None, indent: int | None = None) 
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 process`, `2 processes`, `1,024 documents`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s")
+    """`1 process`, `2 processes`, `3 micro-batches`, `4 epochs`, `1,024 documents`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "tch")) else "s")
 
 
 def human_size(count: int) -> str:

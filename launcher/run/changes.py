@@ -2,7 +2,7 @@
 
     safe      how fast, how long and how talkative the run is, not what it computes: it goes on, and the change is named
     consent   the run computes something else from here on: only with --accept-changes
-    refused   the checkpoint cannot be loaded into what the new recipe describes
+    refused   the checkpoint cannot be loaded into what the new recipe describes, or its epochs counted on
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def refusals(saved: Recipe, new: Recipe, with_optimizer: bool = True) -> dict[st
     if with_optimizer:
         why |= _optimizer_refusals(saved, new, changes)
         if "training.global_batch_size" in changes and None not in (saved.training.epochs, new.training.epochs):
-            why["training.global_batch_size"] = "its epochs are counted in such batches"
+            why["training.global_batch_size"] = "the epochs behind it are counted in its own batches"
     return why
 
 

@@ -18,6 +18,7 @@ from checkpoints.folder import TRACKER, CheckpointError, has_checkpoints, iterat
 from data_tools.errors import TokenizerError
 from launcher.errors import UserError, raise_all
 from launcher.recipe.frozen import read_frozen, write_frozen
+from launcher.recipe.keys import yaml_scalar
 from launcher.recipe.schema import Recipe, Tokenizer
 from launcher.recipe.tokenizer import tokenizer_of, with_copies
 from launcher.run.changes import Change, classify
@@ -231,8 +232,9 @@ def refused_changes(
     never = [change for change in changes if change.kind == "refused"]
     asked = [change for change in changes if change.kind == "consent"]
     if never:
-        what = "this run's checkpoint cannot be loaded into this recipe's model:" + _diff(never, sources)
-        faults.append(UserError(what, str(folder.recipe), "start another run with run.name=NAME, or keep these values"))
+        own = [f"{change.key}={yaml_scalar(change.before)}" for change in never if change.key in sources]
+        fix = f"as the run was made: {shlex.join(own)}; or start another with run.name=NAME" if own else "start another run with run.name=NAME"
+        faults.append(UserError("this run cannot go on with other values than its own:" + _diff(never, sources), str(folder.recipe), fix))
     if asked and not accept_changes:
         fix = "start another run with run.name=NAME, or go on with the new values: --accept-changes"
         faults.append(UserError("this run was made with another recipe:" + _diff(asked, sources), str(folder.recipe), fix))
