@@ -37,7 +37,7 @@ class Lock:
         self._file.seek(0)
         owner = self._file.read().strip() or "pid unknown"
         self._file.close()
-        return DataError(f"another process is writing this output: {owner}", str(self._path), "wait for it, or give another output prefix")
+        return DataError(f"another process is writing this output: {owner}", str(self._path), "wait until it is done, or write somewhere else")
 
     def _is_there(self) -> bool:
         try:

@@ -171,7 +171,7 @@ def _run(loaded: Loaded, words: list[str]) -> None:
         typer.echo("stopped    the same command goes on with the parts that are whole", err=True)
         raise typer.Exit(STOPPED) from None
     except OSError as error:
-        raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
+        raise UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or output), "see to the space and the rights there, and start again") from None
     _report(loaded, words, prefixes, list(counts.values()), time.monotonic() - started)
 
 

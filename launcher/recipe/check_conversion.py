@@ -13,6 +13,7 @@ from checkpoints.beside import beside
 from checkpoints.folder import CheckpointError, holds_weights_alone
 from checkpoints.models.gpt import tensors
 from checkpoints.recognise import QUANTIZED, Found, recognise
+from launcher.console import human_size
 from launcher.errors import UserError
 from launcher.recipe.check_data import parse_shard
 from launcher.recipe.check_run import existing
@@ -109,7 +110,7 @@ def _room(case: Case, found: Found) -> Iterator[Problem]:
     begun = sum(path.stat().st_blocks * 512 for path in Path(f"{target}.part").rglob("*") if path.is_file())
     if (free := shutil.disk_usage(there).free + begun) < needed:
         yield Problem(
-            f"the converted checkpoint takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {there}",
+            f"the converted checkpoint takes {human_size(needed)}, and {human_size(free)} are free in {there}",
             case.at("convert.target"),
             "make room, or give a convert.target on another disk",
         )

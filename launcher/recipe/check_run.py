@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints.folder import whole_checkpoints
+from launcher.console import plural
 from launcher.errors import UserError
 from launcher.recipe.check_layout import gpus
 from launcher.recipe.problem import Case, Problem
@@ -147,7 +148,7 @@ def disk(case: Case) -> Iterator[Problem]:
     if not hopeless and (r.checkpoint.keep_last is None or keep < r.checkpoint.keep_last):
         fix = f"checkpoint.keep_last={keep}, or {fix}"
     yield Problem(
-        f"{more} more checkpoints of {gib(size)} each are to be there at once, and the disk has {gib(free)} free",
+        f"{plural(more, 'more checkpoint')} of {gib(size)}{' each' if more > 1 else ''} must have room at once, and the disk has {gib(free)} free",
         case.at("run.dir", "checkpoint.save_interval", "checkpoint.keep_last"),
         fix,
         "error" if hopeless and here else "warning",
@@ -155,5 +156,7 @@ def disk(case: Case) -> Iterator[Problem]:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, with three digits at least."""
+    """Bytes in GiB, with three digits at least; below a tenth of one in MiB."""
+    if size < 2**30 / 10:
+        return f"{size / 2**20:.1f} MiB"
     return f"{size / 2**30:,.0f} GiB" if size >= 100 * 2**30 else f"{size / 2**30:.3g} GiB"

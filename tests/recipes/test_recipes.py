@@ -19,7 +19,7 @@ EXPECTED = (  # of another machine's, and candid
     "want a GPU each",
     "wants a GPU",
     "no filtered attention",
-    "more checkpoints of",
+    "more checkpoint",
     "of 430000 steps of decay",  # Megatron-LM's own example of 345M
 )
 

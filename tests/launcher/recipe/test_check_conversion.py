@@ -47,7 +47,7 @@ def test_room_of_a_training_is_bytes_a_number(training, workspace, monkeypatch):
         for form in ("false", "true"):
             source = training(f"{precision}_{form}", f"training.precision={precision}", f"parallel.use_distributed_optimizer={form}", *LARGE)
             for optimizer in ("none", "plain", "distributed", "keep"):
-                (what,) = [one for one in _problems(source, workspace / "out", optimizer=optimizer) if "GB are free" in one]
+                (what,) = [one for one in _problems(source, workspace / "out", optimizer=optimizer) if "are free in" in one]
                 found[precision, form, optimizer] = float(re.search(r"takes ([\d.,]+) GB", what)[1].replace(",", ""))
     none = found["fp32", "false", "none"] / 4
     for (precision, form, optimizer), size in found.items():
