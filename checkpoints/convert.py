@@ -124,7 +124,11 @@ def convert(
     make = partial(Copying, source, target, wanted.allow_nan) if workers == 1 else partial(_copying, reopen, weights, wanted)
     plan = _plan(source, target, wanted)
     with part.begun(plan, tell):
-        _write(part, target, make, workers, progress, tell)
+        try:
+            _write(part, target, make, workers, progress, tell)
+        except Stopped:  # whoever reads a file that gets shorter is killed by the system: a worker died, and it was not for want of memory
+            _expect_unchanged(part, source, plan["source"])
+            raise
         _expect_unchanged(part, source, plan["source"])
         if shard == WHOLE:
             return _end(part, source, target, wanted, carry, progress, zeroed, workers)
