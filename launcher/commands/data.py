@@ -252,7 +252,7 @@ def _os_errors(output: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read or write: {error}", output, "see to the space and the rights there, and start again") from None
+        raise UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or output), "see to the space and the rights there, and start again") from None
 
 
 class _Meter:

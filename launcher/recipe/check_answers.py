@@ -12,6 +12,7 @@ from checkpoints.beside import beside
 from checkpoints.folder import CheckpointError
 from checkpoints.recognise import checkpoint_in, recognise
 from launcher.recipe.check_checkpoint import another_model
+from launcher.recipe.check_run import existing, writable
 from launcher.recipe.inference import describes_model
 from launcher.recipe.problem import Case, Problem
 
@@ -52,6 +53,8 @@ def files(case: Case) -> Iterator[Problem]:
     output = Path(options.output)
     if output.is_dir():
         yield Problem(f"{output} is a folder", case.at("generate.output"), "give the name of a file")
+    elif not writable(there := existing(output.parent)):
+        yield Problem(f"the answers cannot be written: {there} takes no files", case.at("generate.output"), "give another --output")
     elif options.input is not None and output.resolve() == Path(options.input).resolve():
         yield Problem("the answers would replace the prompts", case.at("generate.output"), "give another --output")
 

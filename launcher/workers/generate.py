@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.workers.entry import Stop, run_worker, terminal
 
 if TYPE_CHECKING:  # importing them takes 0.5 s, in which no signal is answered
+    from launcher.engine.generate.records import Line
     from launcher.recipe.schema import Recipe
     from launcher.run.folder import RunFolder
 
@@ -25,7 +28,7 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
     import torch
 
     from launcher.engine.generate.answer import Meter, answer_all, fill, to_prompts
-    from launcher.engine.generate.records import read_lines, write_lines
+    from launcher.engine.generate.records import read_lines
     from launcher.recipe.tokenizer import tokenizer_of
 
     first = torch.distributed.get_rank() == 0
@@ -49,9 +52,29 @@ def main(recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
         if stopped:  # what there is does not replace an earlier, whole output
             output = output.with_name(f"{output.stem}.stopped{output.suffix}")
         if answers or not stopped:
-            write_lines(lines, output)
+            write(lines, output)
         _summarise(folder.path / SUMMARY, lines, output, stopped, time.monotonic() - started)
     finish()
+
+
+def write(lines: list[Line], output: Path) -> None:
+    """Write the answers.
+
+    Raises:
+        UserError: the disk does not take them; it says where they are kept instead.
+    """
+    from launcher.engine.generate.records import write_lines
+    from launcher.errors import UserError
+
+    try:
+        write_lines(lines, output)
+    except OSError as error:
+        fix = "make room there, and start again"
+        with suppress(OSError):
+            kept = Path(tempfile.mkdtemp(prefix="yuan-answers-")) / output.name
+            write_lines(lines, kept)
+            fix = f"the answers are kept in {kept}: make room, and move them"
+        raise UserError(f"the answers cannot be written: {error.strerror}", str(output), fix) from error
 
 
 def load_model(recipe: Recipe):

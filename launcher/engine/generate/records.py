@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_tools.conversations import Conversation, question
 from data_tools.records import BadLine
+from launcher.whole import write_whole
 
 KEYS = ("query", "prompt", "text", "instruction")
 _OURS = ("output", "finish_reason", "prompt_tokens", "completion_tokens", "error")
@@ -99,10 +100,7 @@ def _prompt(record: dict) -> str:
 def write_lines(lines: Sequence[Line], path: Path) -> None:
     """Write one line per line: whole records into a .jsonl, else the answers alone. Beside it first, then renamed."""
     form = _as_record if path.suffix == ".jsonl" else _as_text
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(form(line) + "\n" for line in lines)
-    part.replace(path)
+    write_whole(path, "".join(form(line) + "\n" for line in lines))
 
 
 def _as_text(line: Line) -> str:

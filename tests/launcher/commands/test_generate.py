@@ -83,6 +83,7 @@ def test_mistakes_are_told_before_anything_starts(project):
         (("--input", "nowhere.jsonl"), "no such file: nowhere.jsonl"),
         (("--input", "empty.jsonl"), "the input is empty"),
         (("--input", "in.jsonl", "--output", "in.jsonl"), "would replace the prompts"),
+        (("--input", "in.jsonl", "--output", "/proc/x/out.txt"), "the answers cannot be written: /proc takes no files"),
         (("--input", "in.jsonl", "--top-p", "1.5"), "generate.top_p must be at most 1"),
         (("--input", "in.jsonl", "--load", "nowhere"), "no whole checkpoint in nowhere"),
         (("--input", "in.jsonl", "model.num_layers=2"), "model.num_layers is fixed by the checkpoint"),

@@ -1,12 +1,15 @@
 """Prompts in, answers out: every line keeps its place, and what is written can be read back."""
 
 import json
+import tempfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.engine.generate.records import Line, escape, read_lines, unescape, write_lines
+from launcher.errors import UserError
+from launcher.workers.generate import write
 
 
 @given(st.text() | st.text(alphabet="\\nru0a\n\r\v\f\x1c\x85\u2028\u2029"))
@@ -84,3 +87,13 @@ def test_a_file_that_was_there_is_replaced_whole(tmp_path):
     (tmp_path / "out.txt").write_text("an older, longer answer\nand another\n")
     write_lines([Line(1, {}, "q", output="new\\")], tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == "new\\\\\n"
+
+
+def test_answers_that_the_disk_does_not_take_are_kept_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "out.txt").mkdir()  # as a full disk: everything up to the last step works
+    with pytest.raises(UserError, match="the answers cannot be written: Is a directory") as told:
+        write([Line(1, {"query": "q"}, "q", output="an answer")], tmp_path / "out.txt")
+    kept = next(tmp_path.glob("yuan-answers-*/out.txt"))
+    assert kept.read_text() == "an answer\n" and str(kept) in told.value.fix
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.txt", kept.parent.name]  # and no part of one
