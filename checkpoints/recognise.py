@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints.folder import CheckpointError, newest_checkpoint
+from checkpoints.part import MARK
 
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _MINDSPORE_RANK = re.compile(r"rank_(0|[1-9]\d*)")
@@ -38,10 +39,12 @@ def recognise(path: Path) -> Found:
     """The checkpoint that `path` means: a folder of weights, or a folder of checkpoints or of a run, of which the newest.
 
     Raises:
-        CheckpointError: nothing there is a checkpoint, or ranks are missing.
+        CheckpointError: nothing there is a checkpoint, ranks are missing, or a conversion was not ended.
     """
     if not path.is_dir():
         raise CheckpointError(f"no such folder: {path}" if not path.exists() else f"{path} is a file, and a checkpoint is a folder")
+    if (path / MARK).is_file():
+        raise CheckpointError(f"{path} is a conversion that was not ended", "type the command that began it again: it goes on with what is written")
     folder = checkpoint_in(path)
     if _is_mindspore(folder):
         return Found(folder, "mindspore", len(mindspore_ranks(folder)), 1, _size(folder))

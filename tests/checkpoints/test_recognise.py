@@ -61,7 +61,8 @@ def test_what_is_no_checkpoint(tmp_path):
     write(tmp_path / "file")
     write(tmp_path / "config_alone/config.json")
     write(tmp_path / "iter_0000001/weights.bin")
-    cases = {"gone": "no such folder", "file": "is a file", "config_alone": "no whole checkpoint", "iter_0000001": "no known format"}
+    write(tmp_path / "out.part/.conversion", tmp_path / "out.part/checkpoint/model.safetensors")
+    cases = {"gone": "no such folder", "file": "is a file", "config_alone": "no whole checkpoint", "iter_0000001": "no known format", "out.part": "not ended"}
     for name, words in cases.items():
         with pytest.raises(CheckpointError, match=words):
             recognise(tmp_path / name)
