@@ -30,6 +30,12 @@ def hanging(head: str, text: str, width: int | None, indent: int | None = None) 
     return textwrap.fill(text, width, initial_indent=head, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)
 
 
+def labelled(text: str, stream: TextIO) -> str:
+    """The lines of `text`, each behind a label of 11 columns."""
+    width = columns(stream)
+    return "\n".join(hanging(line[:11], line[11:], width) for line in text.splitlines())
+
+
 def plural(count: int, noun: str) -> str:
     """`1 process`, `2 processes`, `3 micro-batches`, `4 epochs`, `1,024 documents`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "tch")) else "s")

@@ -24,7 +24,7 @@ from launcher.commands.tokenizer import (
     tokenizer_options,
     typed_keys,
 )
-from launcher.console import human_size, plural
+from launcher.console import human_size, labelled, plural
 from launcher.errors import UserError
 from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded, load, sample_index
@@ -121,7 +121,7 @@ def _prepare_rows(loaded: Loaded, words: list[str]) -> None:
     """The rows of a recipe for fine-tuning, which its training then finds."""
     ensure(loaded, "rows")
     prepare_rows(loaded)
-    typer.echo("\n".join(describe(loaded.recipe, settle_rows(loaded.recipe, loaded.sources))))
+    typer.echo(labelled("\n".join(describe(loaded.recipe, settle_rows(loaded.recipe, loaded.sources))), sys.stdout))
     by_option = [_word(key, attrgetter(key)(loaded.recipe)) for key, source in loaded.sources.items() if source.startswith("--")]
     typer.echo(f"next       yuan sft {shlex.join([*words, *by_option])}")
 

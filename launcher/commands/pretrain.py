@@ -13,7 +13,7 @@ import typer
 import launcher.workers
 from checkpoints.models.tensor import padded
 from checkpoints.recognise import checkpoint_in
-from launcher.console import columns, hanging, plural
+from launcher.console import labelled, plural
 from launcher.errors import UserError, raise_all
 from launcher.launch.dry_run import dry_run as show_launch
 from launcher.launch.slurm import submit
@@ -62,8 +62,7 @@ def warn(warnings: list[Problem]) -> None:
 def train(loaded: Loaded, verb: str, accept_changes: bool, dry_run: bool) -> None:
     """Run a checked recipe in its run folder; ends the process with the run's exit code."""
     keep_padded_vocabulary(loaded.recipe, _trained_padding(loaded.recipe))
-    width = columns(sys.stderr)
-    typer.echo("\n".join(hanging(line[:11], line[11:], width) for line in plan(loaded.recipe).splitlines()), err=True)
+    typer.echo(labelled(plan(loaded.recipe), sys.stderr), err=True)
     if dry_run:
         typer.echo(show_launch(loaded, RunFolder(loaded.recipe.run.dir), WORKER, verb))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Optional
@@ -10,6 +11,7 @@ import typer
 
 from launcher.commands.pretrain import train, warn
 from launcher.commands.rows import describe, prepare_rows
+from launcher.console import labelled
 from launcher.errors import UserError
 from launcher.recipe import Loaded, check_schedule, finetuning, load
 from launcher.recipe.check import ensure
@@ -53,9 +55,9 @@ def _settle(loaded: Loaded) -> None:
             fix = f"a larger training.seq_length than {recipe.training.seq_length}, or rows with shorter questions"
             raise UserError("no row has an answer that begins within a sample", f"data.{name}={getattr(recipe.data, name)}", fix)
     for line in describe(recipe, samples):
-        typer.echo(line, err=True)
+        typer.echo(labelled(line, sys.stderr), err=True)
     if recipe.training.epochs is not None:
-        typer.echo(finetuning.epoch(recipe, len(samples["train"])), err=True)
+        typer.echo(labelled(finetuning.epoch(recipe, len(samples["train"])), sys.stderr), err=True)
         finetuning.settle_length(recipe, loaded.sources, len(samples["train"]))
         warn(list(check_schedule.first_step(Case(recipe, loaded.sources))))
 

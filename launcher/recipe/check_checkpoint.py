@@ -33,7 +33,7 @@ def load(case: Case) -> Iterator[Problem]:
     try:
         checkpoint = checkpoint_in(Path(path))
     except CheckpointError as error:
-        yield Problem(str(error), case.at("checkpoint.load"), "checkpoint.load=RUN_OR_CHECKPOINT, or null for fresh weights")
+        yield Problem(str(error), case.at("checkpoint.load"), _another(case))
         return
     try:
         saved = own_recipe(checkpoint)
@@ -64,6 +64,11 @@ def _fits(case: Case, saved: Recipe, checkpoint: Path) -> Iterator[Problem]:
         yield Problem(what, case.at("checkpoint.load"), f"{fix}; or leave it if the change is meant", "warning")
 
 
+def _another(case: Case) -> str:
+    """What to load instead; fresh weights are none for a fine-tuning."""
+    return "checkpoint.load=RUN_OR_CHECKPOINT" + ("" if case.recipe.data.train is not None else ", or null for fresh weights")
+
+
 def _foreign(case: Case, checkpoint: Path) -> Iterator[Problem]:
     """Another tool's: what lies beside the weights is the recipe's model; what is in them the engine sees."""
     options, config = case.recipe.checkpoint, case.recipe.convert.hf_config
@@ -71,7 +76,7 @@ def _foreign(case: Case, checkpoint: Path) -> Iterator[Problem]:
         found = recognise(checkpoint)
         said = beside(found, Path(config) if config else None)
     except CheckpointError as error:
-        yield Problem(str(error), case.at("checkpoint.load"), error.fix or "checkpoint.load=RUN_OR_CHECKPOINT, or null for fresh weights")
+        yield Problem(str(error), case.at("checkpoint.load"), error.fix or _another(case))
         return
     if found.format == "torch" and not (options.finetune or options.no_load_optim or holds_weights_alone(checkpoint)):
         yield from _ranks(case, found)

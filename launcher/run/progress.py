@@ -87,8 +87,8 @@ class Progress:
         )
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
-        self._line.keep(text)
+        """Print a line that stays, behind a label of 11 columns."""
+        self._line.note(text)
 
     def close(self) -> None:
         self._line.clear()
@@ -140,6 +140,9 @@ class _LiveLine:
 
     def keep(self, text: str) -> None:
         self._write(f"{CLEAR}{text}\n{self._live_text}" if self._live else f"{text}\n")
+
+    def note(self, text: str) -> None:
+        self.keep(console.labelled(text, self._terminal) if self._terminal else text)
 
     def clear(self) -> None:
         if self._live:

@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from launcher.cli import VERBS, app
-from launcher.console import wrapped
+from launcher.console import labelled, wrapped
 from launcher.errors import UserError
 
 YUAN = [sys.executable, "-m", "launcher.cli"]
@@ -126,6 +126,8 @@ def test_a_mistake_is_wrapped_at_a_terminal_and_nowhere_else(monkeypatch, column
     with os.fdopen(side, "w") as terminal, os.fdopen(main, "rb"):
         monkeypatch.setenv("COLUMNS", str(columns))
         shown = wrapped(text, terminal)
+        line = labelled("train      " + "samples " * 30, terminal).splitlines()
+    assert len(line) > 2 and all(len(one) <= widest and one[:11].strip() in ("train", "") for one in line)
     assert widest - 20 < max(map(len, shown.splitlines())) <= widest
     assert shown.split() == text.split()
     assert wrapped(text, io.StringIO()) == text
