@@ -24,6 +24,7 @@ from data_tools.errors import DataError
 from launcher.completion import SHELL_ENV, answer
 from launcher.console import wrapped
 from launcher.errors import UserError
+from launcher.launch.torchrun import STOPPED
 
 VERBS = {
     "recipes": "List, show and copy recipes; explain every key.",
@@ -181,6 +182,10 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # typer answers it only where it runs a verb
         sys.exit(130)
+    except SystemExit as ending:
+        if ending.code in (STOPPED, 130):  # a further Ctrl-C, while Python waits for worker processes, is to end that too
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise
     except UserError as error:
         print_errors(error)
         sys.exit(2)

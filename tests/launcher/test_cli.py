@@ -151,6 +151,20 @@ def test_ctrl_c_while_the_verbs_are_imported_leaves_no_traceback(tmp_path):
     assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
 
 
+CTRL_C_AT_THE_END = """
+import atexit, os, signal, sys, launcher.cli as cli
+def stopped(): sys.exit(3)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+cli.app = stopped
+cli.main()
+"""
+
+
+def test_ctrl_c_after_a_stop_leaves_no_traceback_either(tmp_path):
+    run = yuan(code=CTRL_C_AT_THE_END, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, "")
+
+
 RAISING = """
 import sys, launcher.cli as cli
 def boom(): raise {error}
