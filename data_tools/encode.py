@@ -16,7 +16,7 @@ from data_tools.long_lines import json_texts, line_text
 from data_tools.records import JSON_FORMATS, PARSERS, BadLine, Sentences, parse_whole
 from data_tools.sources import Block
 from data_tools.tokenizers import Tokenizer
-from data_tools.tokenizers.base import LONG, spliced
+from data_tools.tokenizers.base import LONG, encode_all_but
 
 _BATCH_BYTES = 1 << 22  # of input encoded at once: large enough for vectors, small enough for the caches
 _LONG_LINE = 1 << 23  # bytes of a line that is read piece by piece: as a whole it may be five times as large in memory
@@ -267,9 +267,7 @@ class BlockEncoder:
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         long = {i: np.concatenate(list(self.tokenizer.encode_pieces([text]))) for i, text in enumerate(texts) if len(text) > LONG}
-        if not long:
-            return self.tokenizer.encode_arrays(texts)
-        return spliced(*self.tokenizer.encode_arrays(["" if i in long else text for i, text in enumerate(texts)]), long)
+        return encode_all_but(self.tokenizer.encode_arrays, texts, long)
 
     @property
     def dtypes(self) -> list[np.dtype]:

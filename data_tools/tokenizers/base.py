@@ -7,7 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -174,8 +174,13 @@ def content_of(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def spliced(ids: np.ndarray, lengths: np.ndarray, others: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All ids of several texts, and how many of each, with those of `others`, by the text's number, in the place of its own."""
+def encode_all_but(
+    encode: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]], texts: Sequence[str], others: dict[int, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `encode` gives for all texts, as `Tokenizer.encode_arrays`, but for `others`: their ids, by the text's number."""
+    if not others:
+        return encode(texts)
+    ids, lengths = encode(["" if number in others else text for number, text in enumerate(texts)])
     each = np.split(ids, np.cumsum(lengths)[:-1])
     for number, one in others.items():
         each[number] = one

@@ -117,7 +117,7 @@ def _encode(line: str) -> list[int]:
 
 
 def apart(way: Callable[..., float], *arguments: object) -> float:
-    """Seconds of one of these in a process of its own: what others leave in memory slows forking (0.45 s became 0.7), torch
+    """Seconds of one of these in a process of its own: what others leave in memory slows forking (0.56 s became 0.74), torch
     keeps from it, and a tokenizer that was used knows the words. It is built there, in 0.3 s that nobody's time holds."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(way, *arguments).result()
