@@ -23,7 +23,7 @@ import typer.core
 from data_tools.errors import DataError
 from launcher.completion import SHELL_ENV, answer
 from launcher.console import wrapped
-from launcher.errors import UserError
+from launcher.errors import UserError, of_system
 from launcher.launch.torchrun import STOPPED
 
 VERBS = {
@@ -195,7 +195,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None and error.errno not in OF_THE_DISK:
             raise
-        print_errors(UserError(f"cannot read or write: {error.strerror}", str(error.filename or ""), "see to the space and the rights there"))
+        print_errors(of_system(error))
         sys.exit(2)
 
 

@@ -47,6 +47,11 @@ class UserErrors(UserError):
         return "\n".join(str(error) for error in self.errors)
 
 
+def of_system(error: OSError, where: str = "", then: str = "") -> UserError:
+    """What the system refused, at its file or else at `where`; `then` follows the mend."""
+    return UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or where), f"see to the space and the rights there{then}")
+
+
 def raise_all(errors: Sequence[UserError]) -> None:
     """Raise the one error as it is, several as one `UserErrors`, and nothing where there is none."""
     if len(errors) == 1:

@@ -17,7 +17,7 @@ from launcher.commands.convert_logits import TOLERANCE, compare_logits, expect_p
 from launcher.commands.convert_report import Meter, errors, grouped, next_step, plan
 from launcher.commands.convert_verify import compare
 from launcher.commands.pretrain import warn
-from launcher.errors import UserError
+from launcher.errors import UserError, of_system
 from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded
 from launcher.recipe import load as load_recipe
@@ -152,8 +152,7 @@ def carry_out(loaded: Loaded) -> None:
         typer.echo(f"stopped    {f'what is written is kept in {part}' if Path(part).is_dir() else 'nothing was written yet'}; the same command goes on", err=True)
         raise typer.Exit(STOPPED) from None
     except OSError as error:
-        fix = "see to the space and the rights there, and start again"
-        raise UserError(f"cannot read or write: {error}", str(loaded.recipe.convert.target), fix) from error
+        raise of_system(error, str(loaded.recipe.convert.target), ", and start again") from error
 
 
 def _run(loaded: Loaded) -> None:

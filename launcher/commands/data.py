@@ -23,7 +23,7 @@ from launcher.commands.tokenizer import (
     tokenizer_options,
 )
 from launcher.console import plural
-from launcher.errors import UserError
+from launcher.errors import UserError, of_system
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.tokenizer import tokenizer_of
 
@@ -252,7 +252,7 @@ def _os_errors(output: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or output), "see to the space and the rights there, and start again") from None
+        raise of_system(error, output, ", and start again") from None
 
 
 class _Meter:

@@ -25,7 +25,7 @@ from launcher.commands.tokenizer import (
     typed_keys,
 )
 from launcher.console import human_size, labelled, plural
-from launcher.errors import UserError
+from launcher.errors import UserError, of_system
 from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded, load, sample_index
 from launcher.recipe.check import ensure
@@ -171,7 +171,7 @@ def _run(loaded: Loaded, words: list[str]) -> None:
         typer.echo("stopped    the same command goes on with the parts that are whole", err=True)
         raise typer.Exit(STOPPED) from None
     except OSError as error:
-        raise UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or output), "see to the space and the rights there, and start again") from None
+        raise of_system(error, output, ", and start again") from None
     _report(loaded, words, prefixes, list(counts.values()), time.monotonic() - started)
 
 

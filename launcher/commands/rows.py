@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from launcher.console import plural
-from launcher.errors import UserError
+from launcher.errors import UserError, of_system
 from launcher.launch.torchrun import STOPPED
 from launcher.recipe import Loaded, finetuning
 from launcher.recipe.schema import Recipe
@@ -39,7 +39,7 @@ def prepare_rows(loaded: Loaded) -> None:
             typer.echo(f"stopped    what is prepared is kept in {prefix.parent}; the same command goes on", err=True)
             raise typer.Exit(STOPPED) from None
         except OSError as error:
-            raise UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or prefix.parent), "see to the space and the rights there") from None
+            raise of_system(error, str(prefix.parent)) from None
         left = f", {plural(count.bad, 'bad row')} left out" if count.bad else ""
         typer.echo(f"prepared   {path}: {plural(count.documents, 'row')}, {count.tokens:,} tokens{left} ({time.monotonic() - started:.1f} s)", err=True)
 

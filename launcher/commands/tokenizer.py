@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launcher.errors import UserError
+from launcher.errors import UserError, of_system
 from launcher.recipe import Loaded, load
 from launcher.recipe.check import ensure
 from launcher.recipe.problem import typed
@@ -85,7 +85,7 @@ def train(
         output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = _train_bpe(texts, vocab_size, output) if is_bpe else _train_sentencepiece(texts, vocab_size, model_type, output)
     except OSError as error:
-        raise UserError(f"cannot read or write: {error.strerror or error}", str(error.filename or output), "see to the space and the rights there") from None
+        raise of_system(error, str(output)) from None
     options = " ".join(f"--{name.replace('_', '-')} {path}" for name, path in tokenizer.files.items())
     made = output if is_bpe else tokenizer.files["tokenizer_model"]
     typer.echo(f"done       {made}, {tokenizer.vocab_size} tokens, in {time.monotonic() - started:.1f} s")
