@@ -12,7 +12,7 @@ import typer
 from launcher.commands.pretrain import train, warn
 from launcher.commands.rows import describe, prepare_rows
 from launcher.console import labelled
-from launcher.errors import UserError
+from launcher.errors import UserError, raise_all
 from launcher.recipe import Loaded, check_schedule, finetuning, load
 from launcher.recipe.check import ensure
 from launcher.recipe.problem import Case
@@ -59,7 +59,9 @@ def _settle(loaded: Loaded) -> None:
     if recipe.training.epochs is not None:
         typer.echo(labelled(finetuning.epoch(recipe, len(samples["train"])), sys.stderr), err=True)
         finetuning.settle_length(recipe, loaded.sources, len(samples["train"]))
-        warn(list(check_schedule.first_step(Case(recipe, loaded.sources))))
+        problems = list(check_schedule.of_epochs(Case(recipe, loaded.sources)))
+        raise_all([problem.as_error() for problem in problems if problem.severity == "error"])
+        warn(problems)
 
 
 def _wait(recipe: Recipe, path: Path) -> None:

@@ -171,6 +171,19 @@ def first_step(case: Case) -> Iterator[Problem]:
         yield Problem(what, case.at(*warmups), f"{_left_out(warmups[0])}, or more steps", "warning")
 
 
+def of_epochs(case: Case) -> Iterator[Problem]:
+    """What is known of a training in epochs once its samples are counted, which a warm-up in steps or samples may outlast."""
+    o, batch = case.recipe.optimizer, case.recipe.training.global_batch_size
+    warmup = o.lr_warmup_samples or (o.lr_warmup_iters or 0) * batch
+    decay = o.lr_decay_samples or (o.lr_decay_iters or 0) * batch or case.recipe.derived.train_samples
+    if warmup >= decay and o.lr_warmup_fraction is None:
+        given = [key for key in WARMUPS if case.value(key)]
+        what = f"a warm-up of {warmup / batch:g} steps must be shorter than the decay of {decay / batch:g} steps"
+        yield Problem(what, case.at(*given), f"{_left_out(given[0])}, and optimizer.lr_warmup_fraction=0.1 or none; or a longer training")
+    else:
+        yield from first_step(case)
+
+
 def weight_decay(case: Case) -> Iterator[Problem]:
     """A constant weight decay has no first and last value; a growing one has both."""
     o = case.recipe.optimizer

@@ -59,6 +59,15 @@ def test_an_epoch_of_one_step_within_the_warm_up_trains_nothing(story):
     assert "warning: the only step is the first of a warm-up, at a learning rate of 0: it changes no weight" in printed
 
 
+def test_a_warm_up_that_outlasts_the_epochs_is_refused_once_they_are_counted(story):
+    """megatron-core asserts it, within every rank."""
+    words = ["training.epochs=2", "optimizer.lr_warmup_fraction=null", "run.name=long", "--dry-run"]
+    refused = yuan(story[0], "sft", "recipe=tuned.yaml", *words, "optimizer.lr_warmup_iters=4", check=False)
+    assert refused.returncode == 2 and "error: a warm-up of 4 steps must be shorter than the decay of 4 steps" in refused.stderr
+    assert "fix:   optimizer.lr_warmup_iters=0, and" in refused.stderr
+    yuan(story[0], "sft", "recipe=tuned.yaml", *words, "optimizer.lr_warmup_iters=3")
+
+
 def test_its_validation_loss_falls_and_the_best_is_kept(story):
     folder, _ = story
     found = {one["iteration"]: one["lm_loss_validation"] for one in records(folder / "runs/tuned/validation.jsonl")}
